@@ -1,0 +1,155 @@
+"""The one rule of numerics (DESIGN section 5), and tensors that sit between NaNs.
+
+`exact` is the reference in float64. `plain` is the reference on the very tensors under test: PyTorch products in
+their precision. The error of `ours` may be twice the error of `plain`, plus 1e-5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABSOLUTE = 1e-5  # root mean square, as all errors here
+FLOAT32_RELATIVE = 2e-6  # times sqrt(length)
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square in float64; 0 for a tensor with no elements."""
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def _finite_difference(a: Tensor, exact: Tensor, name: str) -> Tensor:
+    """a - exact where exact is finite; where it is not (lse of a row that sees nothing) both must be identical."""
+    a = a.double()
+    infinite = exact.isinf()
+    assert torch.equal(a[infinite], exact[infinite]), f"{name}: {int(infinite.sum())} infinite entries differ"
+    difference = torch.where(infinite, torch.zeros_like(exact), a - torch.where(infinite, 0.0, exact))
+    bad = difference.isnan()
+    assert not bad.any(), f"{name}: {int(bad.sum())} of {bad.numel()} entries are NaN"
+    return difference
+
+
+def assert_rule(name: str, ours: Tensor, exact: Tensor, plain: Tensor, *, length: int = 1) -> None:
+    """Fails unless `ours` obeys the rule of its dtype. `length`: terms in the longest sum, used in float32 only."""
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    dtype, exact = ours.dtype, exact.double().to(ours.device)
+    ours_error = _finite_difference(ours, exact, name)
+    plain_error = _finite_difference(plain.to(ours.device), exact, f"{name} (plain PyTorch)")
+    size = rms(torch.where(exact.isinf(), 0.0, exact))
+    limit = 2 * rms(plain_error) + ABSOLUTE
+    if dtype == torch.float64:
+        limit = 1e-11 * math.sqrt(max(length, 1)) * max(size, 1e-3)
+    elif dtype == torch.float32 and plain.dtype == torch.float32:
+        # A sum that cancels has no meaningful relative error; plain float32 PyTorch shows what is possible there.
+        relative = FLOAT32_RELATIVE * math.sqrt(max(length, 1)) * size
+        limit = max(relative, 2 * rms(plain_error)) + 1e-7
+    error = rms(ours_error)
+    assert error <= limit, (
+        f"{name} ({dtype}): error {error:.3e}, allowed {limit:.3e}, plain PyTorch {rms(plain_error):.3e}, "
+        f"size {size:.3e}"
+    )
+    # The norm of a large tensor hides one wrong row, so no single entry may stand out either.
+    if ours.numel():
+        worst, plain_worst = ours_error.abs().max().item(), plain_error.abs().max().item()
+        peak = torch.where(exact.isinf(), 0.0, exact).abs().max().item()
+        ulp = torch.finfo(dtype).eps * peak
+        allowed = 4 * plain_worst + 2 * ulp + 10 * limit
+        index = tuple(int(i) for i in torch.unravel_index(ours_error.abs().argmax(), ours.shape))
+        assert worst <= allowed, f"{name} ({dtype}): error {worst:.3e} at {index}, allowed {allowed:.3e}"
+
+
+def _as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def run_with_gradients(
+    function: Callable[..., Any],
+    tensors: Mapping[str, Tensor | None],
+    options: Mapping[str, Any],
+    upstream: Iterable[Tensor | None] | None,
+    wanted: Iterable[str],
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Outputs of function(**tensors, **options), and the gradients of `wanted` under the `upstream` gradients."""
+    wanted = list(wanted)
+    leaves = {
+        name: t.detach().requires_grad_() if t is not None and name in wanted else t for name, t in tensors.items()
+    }
+    outputs = _as_tuple(function(**leaves, **options))
+    if not wanted or upstream is None:
+        return outputs, {}
+    pairs = [(o, u.to(o.dtype)) for o, u in zip(outputs, upstream, strict=True) if u is not None and o.requires_grad]
+    inputs = [leaves[name] for name in wanted]
+    gradients = torch.autograd.grad([o for o, _ in pairs], inputs, [u for _, u in pairs], allow_unused=True)
+    found = {name: g for name, g in zip(wanted, gradients, strict=True) if g is not None}
+    return outputs, found
+
+
+def compare(
+    ours: Callable[..., Any],
+    reference: Callable[..., Any],
+    tensors: Mapping[str, Tensor | None],
+    *,
+    wanted: Iterable[str] = (),
+    length: int = 1,
+    upstream: Iterable[Tensor | None] | None = None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Runs ours(**tensors, **options), the reference in float64 and the reference in the same precision; checks every
+    output and the gradient of every name in `wanted` by the rule. Random upstream gradients unless given (None in the
+    sequence: that output gets no gradient). `length`: terms in the longest sum. Returns our outputs."""
+    wanted = list(wanted)
+    wide = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
+    if upstream is None and wanted:
+        with torch.no_grad():
+            shapes = _as_tuple(reference(**wide, **options))
+        dtype = next(t.dtype for t in tensors.values() if t is not None and t.is_floating_point())
+        upstream = [torch.randn_like(s).to(dtype) for s in shapes]
+    upstream = None if upstream is None else list(upstream)
+    exact, exact_gradients = run_with_gradients(reference, wide, options, upstream, wanted)
+    plain, plain_gradients = run_with_gradients(reference, tensors, options, upstream, wanted)
+    mine, my_gradients = run_with_gradients(ours, tensors, options, upstream, wanted)
+    assert len(mine) == len(exact), f"{len(mine)} outputs, expected {len(exact)}"
+    for i, (m, e, p) in enumerate(zip(mine, exact, plain, strict=True)):
+        assert m.dtype == p.dtype, f"output {i}: {m.dtype}, expected {p.dtype}"
+        assert_rule(f"output {i}", m.detach(), e.detach(), p.detach(), length=length)
+    assert my_gradients.keys() == exact_gradients.keys(), f"gradients {set(my_gradients)}, not {set(exact_gradients)}"
+    for name, gradient in my_gradients.items():
+        tensor = tensors[name]
+        assert tensor is not None and gradient.dtype == tensor.dtype
+        assert_rule(f"d{name}", gradient, exact_gradients[name], plain_gradients[name], length=length)
+    return mine
+
+
+def guarded(x: Tensor, *, pad: int = 8) -> Tensor:
+    """The same values as a view inside a larger buffer of NaN: rows before and after, heads beside, columns behind.
+    A kernel that reads what it should not shows NaN; the strides are not those of a contiguous tensor. The last
+    dimension is padded by `pad` columns (8 keeps 16-byte rows for two-byte types)."""
+    shape = [n + 2 for n in x.shape[:-1]] + [x.shape[-1] + pad]
+    buffer = torch.full(shape, math.nan, dtype=x.dtype, device=x.device)
+    view = buffer[(*(slice(1, -1) for _ in x.shape[:-1]), slice(0, x.shape[-1]))]
+    view.copy_(x.detach())
+    return view.requires_grad_(x.requires_grad) if x.is_leaf else view
+
+
+def bthd_from_bhtd(x: Tensor) -> Tensor:
+    """The same values as a transposed view of a [B, H, T, D] tensor."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def bitwise_equal(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit (NaN equals the same NaN, -0 differs from 0)."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def lengths_to_cu_seqlens(lengths: Iterable[int], device: str | torch.device = "cpu") -> Tensor:
+    """int32 [N + 1] with the boundaries of packed sequences."""
+    total = [0]
+    for n in lengths:
+        total.append(total[-1] + n)
+    return torch.tensor(total, dtype=torch.int32, device=device)

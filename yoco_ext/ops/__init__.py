@@ -1,0 +1,1 @@
+"""The fused ops: thin functions over torch.ops.yoco_ext."""
