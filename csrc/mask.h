@@ -19,11 +19,11 @@ struct KeyRange {
 
 // The sequence that a query row works in: its rows in q and k and their numbers.
 struct Sequence {
-  int64_t batch;     // index into the batch dimension of q, k, v
-  int64_t q_begin;   // first row in the time dimension of q
-  int64_t k_begin;   // first row in the time dimension of k
+  int64_t batch;    // index into the batch dimension of q, k, v
+  int64_t q_begin;  // first row in the time dimension of q
+  int64_t k_begin;  // first row in the time dimension of k
   int64_t len_q;
-  int64_t len_k;     // seqused_k respected
+  int64_t len_k;  // seqused_k respected
 };
 
 YOCO_HOST_DEVICE int64_t clamp_index(int64_t x, int64_t low, int64_t high) {

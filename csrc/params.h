@@ -25,8 +25,8 @@ struct View {
 // ---- gated retention -------------------------------------------------------------------------------
 // S_t = exp(g_t) S_{t-1} + k_t^T v_t,  o_t = scale * q_t S_t.  State dtype: float32 (float64 for float64 inputs).
 struct RetentionParams {
-  DType dtype;         // of q, k, v, o and their gradients
-  DType gate_dtype;    // of g and dg: dtype or float32
+  DType dtype;       // of q, k, v, o and their gradients
+  DType gate_dtype;  // of g and dg: dtype or float32
   int64_t batch, time, heads, dim_k, dim_v;
   int64_t num_sequences;
   const int32_t* cu_seqlens;  // [num_sequences + 1] or null
@@ -41,12 +41,12 @@ struct RetentionParams {
 
 struct RetentionBackwardParams : RetentionParams {
   // o and final_state of the base are unused.
-  View d_o;                    // [batch, time, heads, dim_v]
-  const void* d_final_state;   // [num_sequences, heads, dim_k, dim_v] or null (zero)
-  View dq, dk;                 // [batch, time, heads, dim_k]
-  View dv;                     // [batch, time, heads, dim_v]
-  View dg;                     // [batch, time, heads]
-  void* d_initial_state;       // [num_sequences, heads, dim_k, dim_v] or null (not wanted)
+  View d_o;                   // [batch, time, heads, dim_v]
+  const void* d_final_state;  // [num_sequences, heads, dim_k, dim_v] or null (zero)
+  View dq, dk;                // [batch, time, heads, dim_k]
+  View dv;                    // [batch, time, heads, dim_v]
+  View dg;                    // [batch, time, heads]
+  void* d_initial_state;      // [num_sequences, heads, dim_k, dim_v] or null (not wanted)
 };
 
 // 1..16 tokens per sequence, the state updated in place. batch == num_sequences.
@@ -67,20 +67,20 @@ struct MaskParams {
 };
 
 struct AttentionParams {
-  DType dtype;                  // of q, k, v, out and their gradients
+  DType dtype;  // of q, k, v, out and their gradients
   int64_t batch, time_q, time_k, heads_q, heads_kv, dim_qk, dim_v;
   int64_t num_sequences;
   const int32_t* cu_seqlens_q;  // [num_sequences + 1] or null
   const int32_t* cu_seqlens_k;  // [num_sequences + 1] or null; both or neither
   int64_t max_seqlen_q;         // upper bounds for the launch; time_q and time_k when not packed
   int64_t max_seqlen_k;
-  const int32_t* seqused_k;     // [num_sequences]: keys really there, or null (all)
+  const int32_t* seqused_k;  // [num_sequences]: keys really there, or null (all)
   double scale;
-  double softcap;               // s -> softcap * tanh(s / softcap) when > 0
+  double softcap;  // s -> softcap * tanh(s / softcap) when > 0
   MaskParams mask;
-  const float* sinks;           // [heads_q]: one extra logit per head in the softmax denominator, or null
-  const float* alibi_slopes;    // [alibi_batch, heads_q]: adds -slope * |i + len_k - len_q - j|, or null
-  int64_t alibi_batch_stride;   // 0 or heads_q
+  const float* sinks;          // [heads_q]: one extra logit per head in the softmax denominator, or null
+  const float* alibi_slopes;   // [alibi_batch, heads_q]: adds -slope * |i + len_k - len_q - j|, or null
+  int64_t alibi_batch_stride;  // 0 or heads_q
   // Second K/V segment under the same softmax; never causal, no alibi. Null data: absent.
   int64_t num_latents;
   View latent_k;                // [batch or 1, num_latents, heads_kv, dim_qk]; batch_stride 0 when shared
@@ -111,49 +111,50 @@ struct AttentionBackwardParams : AttentionParams {
 
 // Few query tokens against a long cache (contiguous, paged or ring), possibly quantised.
 struct DecodeParams {
-  DType dtype;                 // of q, latents and out
-  DType cache_dtype;           // of k_cache and v_cache: dtype, float8 e4m3 or int8
+  DType dtype;        // of q, latents and out
+  DType cache_dtype;  // of k_cache and v_cache: dtype, float8 e4m3 or int8
   int64_t batch, time_q, heads_q, heads_kv, dim_qk, dim_v;
-  int64_t capacity;            // contiguous: slots per sequence; paged: max_pages * page_size
+  int64_t capacity;  // contiguous: slots per sequence; paged: max_pages * page_size
   double scale, softcap;
-  MaskParams mask;             // causal, aligned bottom-right to seqused_k; prefix_len is null
-  const float* sinks;          // [heads_q] or null
-  const float* alibi_slopes;   // [alibi_batch, heads_q] or null
+  MaskParams mask;            // causal, aligned bottom-right to seqused_k; prefix_len is null
+  const float* sinks;         // [heads_q] or null
+  const float* alibi_slopes;  // [alibi_batch, heads_q] or null
   int64_t alibi_batch_stride;
   const int32_t* seqused_k;    // [batch]: tokens so far, the time_q query tokens included
   bool ring;                   // position p lives in slot p % capacity
   const int32_t* block_table;  // [batch, max_pages] page numbers, or null (contiguous cache)
   int64_t max_pages, page_size, num_pages;
-  View q;                      // [batch, time_q, heads_q, dim_qk]
-  View k_cache;                // [batch, capacity, heads_kv, dim_qk], or [num_pages, page_size, heads_kv, dim_qk]
-  View v_cache;                // [batch, capacity, heads_kv, dim_v],  or [num_pages, page_size, heads_kv, dim_v]
-  const float* k_scale;        // [heads_kv]: value = stored * scale, or null (1)
+  View q;                // [batch, time_q, heads_q, dim_qk]
+  View k_cache;          // [batch, capacity, heads_kv, dim_qk], or [num_pages, page_size, heads_kv, dim_qk]
+  View v_cache;          // [batch, capacity, heads_kv, dim_v],  or [num_pages, page_size, heads_kv, dim_v]
+  const float* k_scale;  // [heads_kv]: value = stored * scale, or null (1)
   const float* v_scale;
   int64_t num_latents;
-  View latent_k, latent_v;     // [batch or 1, num_latents, heads_kv, dim], in dtype; null data: absent
-  const int32_t* latent_len;   // [batch] or null (num_latents)
-  int64_t num_splits;          // 0: chosen by the back end
-  View out;                    // [batch, time_q, heads_q, dim_v]
-  void* lse;                   // [batch, heads_q, time_q] contiguous, float32 (float64 for float64)
+  View latent_k, latent_v;    // [batch or 1, num_latents, heads_kv, dim], in dtype; null data: absent
+  const int32_t* latent_len;  // [batch] or null (num_latents)
+  int64_t num_splits;         // 0: chosen by the back end
+  View out;                   // [batch, time_q, heads_q, dim_v]
+  void* lse;                  // [batch, heads_q, time_q] contiguous, float32 (float64 for float64)
   void* workspace;
 };
 
-// Writes rows of k and v behind the tokens a cache already holds: row i of sequence b goes to position seqused_k[b] + i.
+// Writes rows of k and v behind the tokens a cache already holds: row i of sequence b goes to position seqused_k[b] +
+// i.
 struct AppendParams {
   DType dtype, cache_dtype;
   int64_t batch, time, heads, dim_k, dim_v;  // batch and time of k, v as given (packed: 1 and the sum of lengths)
   int64_t num_sequences;
-  const int32_t* cu_seqlens;   // [num_sequences + 1] or null
+  const int32_t* cu_seqlens;  // [num_sequences + 1] or null
   int64_t capacity;
   bool ring;                   // position p goes to slot p % capacity; a later token overwrites an earlier one
   const int32_t* seqused_k;    // [num_sequences]: tokens in the cache before this call
   const int32_t* block_table;  // [num_sequences, max_pages] or null
   int64_t max_pages, page_size, num_pages;
-  View k, v;                   // [batch, time, heads, dim]
-  View k_cache, v_cache;       // [num_sequences, capacity, heads, dim] or [num_pages, page_size, heads, dim]
-  const float* k_scale;        // [heads]: stored = value / scale, or null (1)
+  View k, v;              // [batch, time, heads, dim]
+  View k_cache, v_cache;  // [num_sequences, capacity, heads, dim] or [num_pages, page_size, heads, dim]
+  const float* k_scale;   // [heads]: stored = value / scale, or null (1)
   const float* v_scale;
-  const float* inv_freq;       // [rotary_dim / 2]: k is rotated by its position before it is stored, or null
+  const float* inv_freq;  // [rotary_dim / 2]: k is rotated by its position before it is stored, or null
   int64_t rotary_dim;
   bool interleaved;
 };
@@ -161,15 +162,15 @@ struct AppendParams {
 // ---- pointwise and row-wise ------------------------------------------------------------------------
 // y = x / sqrt(mean(x^2) + eps) * weight, x = input (+ residual).
 struct RmsNormParams {
-  DType dtype, weight_dtype;   // weight_dtype: dtype or float32
+  DType dtype, weight_dtype;  // weight_dtype: dtype or float32
   int64_t rows, dim;
   double eps;
-  const void* x;               // [rows, dim] contiguous
-  const void* residual;        // [rows, dim] or null
-  const void* weight;          // [dim] or null
-  void* y;                     // [rows, dim]
-  void* residual_out;          // [rows, dim]: x + residual in dtype, or null (no residual)
-  void* rstd;                  // [rows] float32 (float64 for float64)
+  const void* x;         // [rows, dim] contiguous
+  const void* residual;  // [rows, dim] or null
+  const void* weight;    // [dim] or null
+  void* y;               // [rows, dim]
+  void* residual_out;    // [rows, dim]: x + residual in dtype, or null (no residual)
+  void* rstd;            // [rows] float32 (float64 for float64)
 };
 
 struct RmsNormBackwardParams {
@@ -190,23 +191,23 @@ struct RotaryParams {
   DType dtype;
   int64_t batch, time, heads, dim, rotary_dim;
   int64_t num_sequences;
-  const int32_t* cu_seqlens;   // [num_sequences + 1] or null
-  const int32_t* offsets;      // [num_sequences]: position of each sequence's first token, or null (0)
-  const float* inv_freq;       // [rotary_dim / 2], or null: cos and sin are given
-  const void* cos;             // [table_length, rotary_dim / 2] contiguous, in table_dtype
+  const int32_t* cu_seqlens;  // [num_sequences + 1] or null
+  const int32_t* offsets;     // [num_sequences]: position of each sequence's first token, or null (0)
+  const float* inv_freq;      // [rotary_dim / 2], or null: cos and sin are given
+  const void* cos;            // [table_length, rotary_dim / 2] contiguous, in table_dtype
   const void* sin;
-  DType table_dtype;           // dtype or float32
+  DType table_dtype;  // dtype or float32
   int64_t table_length;
-  bool interleaved;            // pairs (2i, 2i + 1), else (i, i + rotary_dim / 2)
-  bool inverse;                // rotate by the negative angle (the backward)
-  View x, y;                   // [batch, time, heads, dim]
+  bool interleaved;  // pairs (2i, 2i + 1), else (i, i + rotary_dim / 2)
+  bool inverse;      // rotate by the negative angle (the backward)
+  View x, y;         // [batch, time, heads, dim]
 };
 
 // y = silu(gate) * up
 struct SwigluParams {
   DType dtype;
   int64_t numel;
-  const void* gate;            // [numel] contiguous
+  const void* gate;  // [numel] contiguous
   const void* up;
   void* y;
 };
@@ -248,8 +249,8 @@ struct Launch {
 // parameters (static storage or thread-local; nothing was written then). A null entry: op not in this back end.
 // *_workspace gives the bytes that params.workspace must hold; a null entry means none.
 struct KernelTable {
-  int32_t abi_version;    // kKernelTableVersion
-  const char* name;       // "cpu", "cuda"
+  int32_t abi_version;       // kKernelTableVersion
+  const char* name;          // "cpu", "cuda"
   const char* (*variant)();  // what was picked at run time: "avx512_bf16", "sm_90a", ...
   const char* (*retention_forward)(const RetentionParams&, const Launch&);
   size_t (*retention_forward_workspace)(const RetentionParams&, const Launch&);

@@ -1,0 +1,110 @@
+// Gated retention: argument checks, outputs, params.
+#include "ops.h"
+
+namespace yoco {
+namespace {
+
+struct Inputs {
+  const Tensor &q, &k, &v, &g;
+  const OptionalTensor &initial_state, &cu_seqlens;
+  double scale;
+};
+
+// Shape of states, and everything of RetentionParams that forward and backward share.
+std::vector<int64_t> fill(const Inputs& in, RetentionParams& p) {
+  const Tensor& q = in.q;
+  check(q.dim() == 4, "q has shape ", shape_of(q), "; expected [batch, time, heads, dim_k]");
+  check(in.v.dim() == 4, "v has shape ", shape_of(in.v), "; expected [batch, time, heads, dim_v]");
+  p.dtype = dtype_of(q, "q");
+  p.batch = q.size(0), p.time = q.size(1), p.heads = q.size(2), p.dim_k = q.size(3), p.dim_v = in.v.size(3);
+  check_last_contiguous(q, "q");
+  check_bthd(in.k, "k", {p.batch, p.time, p.heads, p.dim_k}, q.scalar_type(), q, "q");
+  check_bthd(in.v, "v", {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type(), q, "q");
+  for (const auto& [dim, name] :
+       {std::pair{p.dim_k, "dim_k (last of q, k)"}, std::pair{p.dim_v, "dim_v (last of v)"}}) {
+    check(dim >= 8 && dim <= 256 && dim % 8 == 0, name, " is ", dim, "; allowed: multiples of 8 up to 256");
+  }
+  check_device(in.g, "g", q, "q");
+  check_shape(in.g, "g", {p.batch, p.time, p.heads});
+  check(in.g.scalar_type() == q.scalar_type() || in.g.scalar_type() == ScalarType::Float, "g has dtype ",
+        name_of(in.g.scalar_type()), "; expected q's dtype or float32");
+  p.gate_dtype = dtype_of(in.g, "g");
+  p.num_sequences = p.batch;
+  if (in.cu_seqlens) {
+    check(p.batch == 1, "q has batch ", p.batch, "; packed sequences (cu_seqlens) need batch 1");
+    check_cu_seqlens(in.cu_seqlens, "cu_seqlens", p.time, q);
+    p.num_sequences = in.cu_seqlens->size(0) - 1;
+  }
+  std::vector<int64_t> state_shape{p.num_sequences, p.heads, p.dim_k, p.dim_v};
+  check_side_input(in.initial_state, "initial_state", state_shape, accumulator_type(q), q);
+  p.cu_seqlens = data_or_null<int32_t>(in.cu_seqlens);
+  p.scale = in.scale;
+  p.q = view_of(q), p.k = view_of(in.k), p.v = view_of(in.v), p.g = view_of(in.g);
+  p.initial_state = data_or_null<void>(in.initial_state);
+  p.final_state = nullptr;
+  p.workspace = nullptr;
+  return state_shape;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> gated_retention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                                           const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                                           double scale, bool return_final_state) {
+  RetentionParams p{};
+  const auto state_shape = fill({q, k, v, g, initial_state, cu_seqlens, scale}, p);
+  const Backend backend = backend_for(q);
+  Tensor o = empty(q, {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type());
+  Tensor final_state = return_final_state ? empty(q, state_shape, accumulator_type(q)) : nothing(q);
+  p.o = view_of(o);
+  if (return_final_state) p.final_state = final_state.data_ptr();
+  const Tensor workspace = allocate_workspace(backend, backend.table->retention_forward_workspace, p, q);
+  run(backend, "gated_retention", backend.table->retention_forward, p);
+  return {o, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_retention_backward(
+    const Tensor& d_o_given, const OptionalTensor& d_final_state, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& g, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, double scale) {
+  RetentionBackwardParams p{};
+  const auto state_shape = fill({q, k, v, g, initial_state, cu_seqlens, scale}, p);
+  const Tensor d_o = with_contiguous_last(d_o_given);
+  check_bthd(d_o, "d_o", {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type(), q, "q");
+  const OptionalTensor d_state =
+      d_final_state ? OptionalTensor(torch::stable::contiguous(*d_final_state)) : std::nullopt;
+  check_side_input(d_state, "d_final_state", state_shape, accumulator_type(q), q);
+  const Backend backend = backend_for(q);
+  Tensor dq = empty(q, {p.batch, p.time, p.heads, p.dim_k}, q.scalar_type());
+  Tensor dk = empty(q, {p.batch, p.time, p.heads, p.dim_k}, q.scalar_type());
+  Tensor dv = empty(q, {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type());
+  Tensor dg = empty(q, {p.batch, p.time, p.heads}, g.scalar_type());
+  Tensor d_initial_state = initial_state ? empty(q, state_shape, accumulator_type(q)) : nothing(q);
+  p.d_o = view_of(d_o);
+  p.d_final_state = data_or_null<void>(d_state);
+  p.dq = view_of(dq), p.dk = view_of(dk), p.dv = view_of(dv), p.dg = view_of(dg);
+  p.d_initial_state = initial_state ? d_initial_state.data_ptr() : nullptr;
+  const Tensor workspace = allocate_workspace(backend, backend.table->retention_backward_workspace, p, q);
+  run(backend, "gated_retention_backward", backend.table->retention_backward, p);
+  return {dq, dk, dv, dg, d_initial_state};
+}
+
+Tensor gated_retention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& state,
+                            double scale) {
+  RetentionParams shared{};
+  const auto state_shape = fill({q, k, v, g, state, std::nullopt, scale}, shared);
+  check(shared.time >= 1 && shared.time <= 16, "q has time ", shared.time,
+        "; gated_retention_step takes 1 to 16 tokens, gated_retention any number");
+  RetentionStepParams p{};
+  p.dtype = shared.dtype, p.gate_dtype = shared.gate_dtype;
+  p.batch = shared.batch, p.time = shared.time, p.heads = shared.heads;
+  p.dim_k = shared.dim_k, p.dim_v = shared.dim_v, p.scale = scale;
+  p.q = shared.q, p.k = shared.k, p.v = shared.v, p.g = shared.g;
+  const Backend backend = backend_for(q);
+  Tensor o = empty(q, {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type());
+  p.o = view_of(o);
+  p.state = state.data_ptr();
+  run(backend, "gated_retention_step", backend.table->retention_step, p);
+  return o;
+}
+
+}  // namespace yoco
