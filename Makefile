@@ -1,0 +1,88 @@
+# make demo: the main job on real text.   make test: all tests.   Both make what they need and are quick when run again.
+PYTHON ?= python3
+VENV   ?= .venv
+OUTPUT ?= demo_output
+PY     := $(VENV)/bin/python
+
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+CUDA_SOURCES := $(shell find csrc/cuda -type f 2>/dev/null) csrc/params.h csrc/mask.h
+
+# The CUDA back end is built where there is a GPU to run it; elsewhere nobody waits for nvcc.
+HAVE_GPU := $(wildcard /dev/nvidia0)
+CUDA     := $(if $(HAVE_GPU),auto,0)
+
+# The CUDA kernels also run on a PTX emulator: with nvcc and ptxsim at hand the tests include the back end "emulated".
+PTXSIM_DIR ?= ../shared/ptxsim
+NVCC       := $(shell command -v nvcc 2>/dev/null)
+HAVE_EMULATOR := $(and $(NVCC),$(wildcard $(PTXSIM_DIR)/CMakeLists.txt))
+EMULATED   := build/emulated/libyoco_ext_emulated.so
+
+.PHONY: demo test test-cpu test-emulated test-abi sanitize bench gpu lint format clean emulated
+
+demo: $(VENV)/.built
+	$(VENV)/bin/yoco-ext demo --output $(OUTPUT)
+
+test: test-cpu test-emulated
+
+test-cpu: $(VENV)/.built
+	$(PY) -m pytest -q -n 2 --dist loadfile -k "not emulated" python_tests
+
+# ---- environment and build ----
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'yoco_ext needs Python 3.10 or newer: make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	PATH="$(abspath $(VENV))/bin:$$PATH" YOCO_EXT_CUDA=$(CUDA) $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+# ---- the CUDA kernels on the emulator ----
+ifeq ($(HAVE_EMULATOR),)
+test-emulated:
+	@echo "emulated back end skipped: it needs nvcc ($(if $(NVCC),found,not found)) and ptxsim ($(PTXSIM_DIR))"
+emulated:
+	@echo "emulated back end not built: it needs nvcc and ptxsim (PTXSIM_DIR)"; false
+else
+test-emulated: $(VENV)/.built $(EMULATED)
+	YOCO_EXT_EMULATED_LIBRARY=$(abspath $(EMULATED)) $(PY) -m pytest -q -n 2 --dist load -k emulated python_tests
+emulated: $(EMULATED)
+$(EMULATED): $(VENV)/.installed $(CUDA_SOURCES)
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S csrc/cuda -B build/emulated -G Ninja -DYOCO_EMULATED=ON \
+	  -DPTXSIM_DIR=$(abspath $(PTXSIM_DIR)) -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_CUDA_COMPILER=$(NVCC)
+	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build/emulated yoco_ext_emulated
+	touch $@
+endif
+
+# ---- one op library, several torch releases and Python versions ----
+test-abi: $(VENV)/.built
+	third_party/test_abi.sh $(abspath $(PY)) $(PYTHON)
+
+# ---- AddressSanitizer and UBSan over the op tests ----
+sanitize: $(VENV)/.installed
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/sanitize -G Ninja -DYOCO_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(abspath $(PY)) -DYOCO_CPU_ISAS="avx2$(shell grep -q amx_bf16 /proc/cpuinfo && echo ';amx')"
+	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:strict_init_order=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	YOCO_EXT_LIBRARY=$(abspath build/sanitize/libyoco_ext_ops.so) PYTHONPATH=. \
+	$(PY) -m pytest -q -p no:cacheprovider -k "cpu and not compile" python_tests/test_attention.py \
+	  python_tests/test_attention_masks.py python_tests/test_attention_decode.py python_tests/test_append_kv.py \
+	  python_tests/test_gated_retention.py python_tests/test_gated_retention_step.py python_tests/test_rms_norm.py \
+	  python_tests/test_rotary.py python_tests/test_swiglu.py python_tests/test_retention_output.py
+
+bench: $(VENV)/.built
+	$(VENV)/bin/yoco-ext bench
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
+	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) | xargs $(VENV)/bin/clang-format -i
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)/.built yoco_ext/*.so
