@@ -1,6 +1,7 @@
 # make demo: the main job on real text.   make test: all tests.   Both make what they need and are quick when run again.
 PYTHON ?= python3
 VENV   ?= .venv
+PYTHON311 ?= python3.11
 OUTPUT ?= demo_output
 PY     := $(VENV)/bin/python
 
@@ -58,7 +59,7 @@ endif
 
 # ---- one op library, several torch releases and Python versions ----
 test-abi: $(VENV)/.built
-	third_party/test_abi.sh $(abspath $(PY)) $(PYTHON)
+	.ci/test_abi.sh $(abspath $(PY)) $(PYTHON311)
 
 # ---- AddressSanitizer and UBSan over the op tests ----
 sanitize: $(VENV)/.installed
