@@ -28,15 +28,15 @@ constexpr KernelTable make_table() {
   // t.attention_backward_workspace = attention_backward_workspace;
   // t.decode = decode;
   // t.decode_workspace = decode_workspace;
-  // t.append_kv = append_kv;
-  // t.rms_norm = rms_norm;
-  // t.rms_norm_backward = rms_norm_backward;
-  // t.rms_norm_backward_workspace = rms_norm_backward_workspace;
-  // t.rotary = rotary;
+  t.append_kv = append_kv;
+  t.rms_norm = rms_norm;
+  t.rms_norm_backward = rms_norm_backward;
+  t.rms_norm_backward_workspace = rms_norm_backward_workspace;
+  t.rotary = rotary;
   t.swiglu = swiglu;
   t.swiglu_backward = swiglu_backward;
-  // t.retention_output = retention_output;
-  // t.retention_output_backward = retention_output_backward;
+  t.retention_output = retention_output;
+  t.retention_output_backward = retention_output_backward;
   return t;
 }
 

@@ -1,0 +1,252 @@
+// y = x * rsqrt(mean(x^2) + eps) * weight with x = input (+ residual), and its backward.
+//
+// Rows up to 1024 elements (bf16) belong to one warp, longer ones to a block. A row stays in registers between the
+// reduction and the result (kItems vectors per lane: 8192 bf16 or 4096 float32 elements per block); what is longer is
+// read a second time. The weight gradient is summed in a fixed order: per block over its rows in shared memory, then
+// over the blocks by a second kernel, with a number of blocks that depends on the shape only, not on the device.
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "cuda/core/launch.h"
+#include "cuda/core/reduce.cuh"
+#include "cuda/kernels.h"
+
+namespace yoco::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kItems = 4;
+constexpr int64_t kMaxParts = 264;             // partial sums of the weight gradient: two blocks per SM of an H100
+constexpr int64_t kMaxWeightGradient = 32768;  // its shared memory must fit every supported device
+
+template <int kLanes>
+YOCO_DEVICE float row_sum(float x, float* scratch) {
+  if constexpr (kLanes == 32) {
+    return group_sum(x);
+  } else {
+    return block_sum<kLanes>(x, scratch);
+  }
+}
+
+// Weights come in the dtype of x or in float32; a missing weight is 1.
+template <typename T, int N>
+YOCO_DEVICE void load_weight(float (&w)[N], const void* weight, bool is_float, int column) {
+  if (weight == nullptr) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) w[j] = 1.f;
+  } else if (is_float) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) w[j] = __ldg(static_cast<const float*>(weight) + column + j);
+  } else {
+    load_float(w, static_cast<const T*>(weight) + column);
+  }
+}
+
+template <typename T, int N, int kLanes>
+__global__ void __launch_bounds__(kThreads) forward_kernel(const RmsNormParams p) {
+  __shared__ float scratch[kThreads / 32];
+  const int64_t row = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+  if (row >= p.rows) return;  // whole warps (or the whole block) leave together
+  const int dim = static_cast<int>(p.dim), lane = threadIdx.x % kLanes;
+  const T* x = static_cast<const T*>(p.x) + row * p.dim;
+  const T* residual = p.residual != nullptr ? static_cast<const T*>(p.residual) + row * p.dim : nullptr;
+  T* residual_out = p.residual_out != nullptr ? static_cast<T*>(p.residual_out) + row * p.dim : nullptr;
+  T* y = static_cast<T*>(p.y) + row * p.dim;
+  const bool float_weight = p.weight_dtype == DType::kFloat32;
+  // The sum is rounded to T before it is normalised: the backward and every other reader see that value.
+  const auto read = [&](float(&v)[N], int column) {
+    load_float(v, x + column);
+    if (residual == nullptr) return;
+    float r[N];
+    load_float(r, residual + column);
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] = to_float(from_float<T>(v[j] + r[j]));
+  };
+  float kept[kItems][N];
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int column = (i * kLanes + lane) * N;
+    if (column >= dim) continue;
+    read(kept[i], column);
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum += kept[i][j] * kept[i][j];
+  }
+  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
+    float v[N];
+    read(v, column);
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum += v[j] * v[j];
+  }
+  const float rstd = rsqrtf(row_sum<kLanes>(sum, scratch) / dim + static_cast<float>(p.eps));
+  const auto finish = [&](const float(&v)[N], int column) {
+    float w[N], out[N];
+    load_weight<T>(w, p.weight, float_weight, column);
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = v[j] * rstd * w[j];
+    store_float(y + column, out);
+    if (residual_out != nullptr) store_float(residual_out + column, v);
+  };
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int column = (i * kLanes + lane) * N;
+    if (column < dim) finish(kept[i], column);
+  }
+  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
+    float v[N];
+    read(v, column);
+    finish(v, column);
+  }
+  if (lane == 0) static_cast<float*>(p.rstd)[row] = rstd;
+}
+
+// With n = x * rstd:  dx = rstd * (w dy - n * mean(w dy n)) + d_residual_out,  d_weight = sum over rows of dy * n.
+// Block b takes the rows b * rows_per_part ...; partial[b][dim] = its sum for d_weight (null: not wanted).
+template <typename T, int N, int kLanes>
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(const RmsNormBackwardParams p, int64_t rows_per_part, float* partial) {
+  constexpr int kGroups = kThreads / kLanes;
+  extern __shared__ __align__(16) float weight_sum[];  // [kGroups][dim]; each column has one owning lane per group
+  __shared__ float scratch[kThreads / 32];
+  const int dim = static_cast<int>(p.dim), lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  const bool float_weight = p.weight_dtype == DType::kFloat32;
+  float* sums = weight_sum + int64_t(group) * dim;
+  if (partial != nullptr) {
+    for (int column = lane * N; column < dim; column += kLanes * N) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) sums[column + j] = 0.f;
+    }
+  }
+  const int64_t begin = int64_t(blockIdx.x) * rows_per_part;
+  const int64_t end = min(begin + rows_per_part, p.rows);
+  for (int64_t row = begin + group; row < end; row += kGroups) {
+    const T* x = static_cast<const T*>(p.x) + row * p.dim;
+    const T* dy = static_cast<const T*>(p.dy) + row * p.dim;
+    const T* extra = p.d_residual_out != nullptr ? static_cast<const T*>(p.d_residual_out) + row * p.dim : nullptr;
+    T* dx = static_cast<T*>(p.dx) + row * p.dim;
+    const float rstd = static_cast<const float*>(p.rstd)[row];
+    Vec<T, N> kept_x[kItems], kept_dy[kItems];
+    float sum = 0.f;
+    const auto accumulate = [&](const Vec<T, N>& vx, const Vec<T, N>& vd, int column) {
+      float w[N];
+      load_weight<T>(w, p.weight, float_weight, column);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float n = to_float(vx[j]) * rstd, d = to_float(vd[j]);
+        sum += d * w[j] * n;
+        if (partial != nullptr) sums[column + j] += d * n;
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int column = (i * kLanes + lane) * N;
+      if (column >= dim) continue;
+      kept_x[i] = load_const<N>(x + column);
+      kept_dy[i] = load_const<N>(dy + column);
+      accumulate(kept_x[i], kept_dy[i], column);
+    }
+    for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
+      accumulate(load_const<N>(x + column), load_const<N>(dy + column), column);
+    }
+    const float mean = row_sum<kLanes>(sum, scratch) / dim;
+    const auto finish = [&](const Vec<T, N>& vx, const Vec<T, N>& vd, int column) {
+      float w[N], out[N], add[N] = {};
+      load_weight<T>(w, p.weight, float_weight, column);
+      if (extra != nullptr) load_float(add, extra + column);
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] = rstd * (to_float(vd[j]) * w[j] - to_float(vx[j]) * rstd * mean) + add[j];
+      store_float(dx + column, out);
+    };
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int column = (i * kLanes + lane) * N;
+      if (column < dim) finish(kept_x[i], kept_dy[i], column);
+    }
+    for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
+      finish(load_const<N>(x + column), load_const<N>(dy + column), column);
+    }
+  }
+  if (partial == nullptr) return;
+  __syncthreads();
+  for (int column = threadIdx.x; column < dim; column += kThreads) {
+    float sum = 0.f;
+    for (int g = 0; g < kGroups; ++g) sum += weight_sum[int64_t(g) * dim + column];
+    partial[blockIdx.x * p.dim + column] = sum;
+  }
+}
+
+// d_weight[c] = sum over parts, 32 columns and 8 interleaved runs of parts per block.
+__global__ void __launch_bounds__(kThreads) weight_gradient_kernel(const float* __restrict__ partial, int64_t parts,
+                                                                   int64_t dim, float* __restrict__ d_weight) {
+  __shared__ float sums[8][32];
+  const int lane = threadIdx.x % 32, run = threadIdx.x / 32;
+  const int64_t column = int64_t(blockIdx.x) * 32 + lane;
+  float sum = 0.f;
+  if (column < dim) {
+    for (int64_t part = run; part < parts; part += 8) sum += partial[part * dim + column];
+  }
+  sums[run][lane] = sum;
+  __syncthreads();
+  if (run != 0 || column >= dim) return;
+  for (int r = 1; r < 8; ++r) sum += sums[r][lane];
+  d_weight[column] = sum;
+}
+
+template <typename T>
+bool row_per_warp(int64_t dim) {
+  return dim <= 32 * kVec<T> * kItems;
+}
+
+struct Parts {
+  int64_t parts, rows_per_part;
+};
+Parts split_rows(int64_t rows, int groups) {
+  const int64_t steps = ceil_div(rows, groups);  // a block takes `groups` rows at a time
+  const int64_t steps_per_part = ceil_div(std::max<int64_t>(steps, 1), kMaxParts);
+  return {ceil_div(rows, steps_per_part * groups), steps_per_part * groups};
+}
+
+}  // namespace
+
+const char* rms_norm(const RmsNormParams& p, const Launch& launch) {
+  if (p.dim == 0) return nullptr;
+  return YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* {
+    const bool vectors = p.dim % kVec<T> == 0 && aligned(p.x, 16) && aligned(p.residual, 16) && aligned(p.y, 16) &&
+                         aligned(p.residual_out, 16) && aligned(p.weight, 16);
+    const bool warp = row_per_warp<T>(p.dim);
+    auto kernel = vectors ? (warp ? forward_kernel<T, kVec<T>, 32> : forward_kernel<T, kVec<T>, kThreads>)
+                          : (warp ? forward_kernel<T, 1, 32> : forward_kernel<T, 1, kThreads>);
+    const int64_t blocks = ceil_div(p.rows, warp ? kThreads / 32 : 1);
+    return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, launch, p);
+  });
+}
+
+size_t rms_norm_backward_workspace(const RmsNormBackwardParams& p, const Launch&) {
+  return p.d_weight == nullptr ? 0 : static_cast<size_t>(kMaxParts * p.dim) * sizeof(float);
+}
+
+const char* rms_norm_backward(const RmsNormBackwardParams& p, const Launch& launch) {
+  if (p.dim == 0) return nullptr;
+  if (p.d_weight != nullptr && p.dim > kMaxWeightGradient) {
+    return "rms_norm: the cuda back end gives weight gradients for rows up to 32768 elements";
+  }
+  return YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* {
+    const bool vectors = p.dim % kVec<T> == 0 && aligned(p.x, 16) && aligned(p.dy, 16) && aligned(p.dx, 16) &&
+                         aligned(p.d_residual_out, 16) && aligned(p.weight, 16);
+    const bool warp = row_per_warp<T>(p.dim);
+    const int groups = warp ? kThreads / 32 : 1;
+    const Parts split = split_rows(p.rows, groups);
+    auto* partial = p.d_weight != nullptr ? static_cast<float*>(p.workspace) : nullptr;
+    const size_t shared = partial != nullptr ? groups * p.dim * sizeof(float) : 0;
+    auto kernel = vectors ? (warp ? backward_kernel<T, kVec<T>, 32> : backward_kernel<T, kVec<T>, kThreads>)
+                          : (warp ? backward_kernel<T, 1, 32> : backward_kernel<T, 1, kThreads>);
+    const char* message = launch_kernel(kernel, dim3(static_cast<unsigned>(split.parts)), kThreads, shared, launch, p,
+                                        split.rows_per_part, partial);
+    if (message != nullptr || partial == nullptr) return message;
+    return launch_kernel(weight_gradient_kernel, dim3(static_cast<unsigned>(ceil_div(p.dim, 32))), kThreads, 0, launch,
+                         partial, split.parts, p.dim, static_cast<float*>(p.d_weight));
+  });
+}
+
+}  // namespace yoco::cuda
