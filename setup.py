@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -108,4 +108,10 @@ class CMakeBuild(build_ext):
 if __name__ == "__main__":
     if any(command in sys.argv for command in ("build", "build_ext", "bdist_wheel", "editable_wheel", "install")):
         require_torch()
-    setup(version=VERSION, ext_modules=[Extension("yoco_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(
+        version=VERSION,
+        packages=[*find_packages(include=["yoco_ext", "yoco_ext.*"]), "yoco_ext.bench"],
+        package_dir={"yoco_ext.bench": "bench"},
+        ext_modules=[Extension("yoco_ext._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )

@@ -93,3 +93,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         select_backend(before)
+
+
+def backend_variant(name: str) -> str | None:
+    """What was picked at run time for "cpu" ("avx512_bf16", ...) or "cuda"; None when there are no such kernels."""
+    function = load().yoco_backend_variant
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_char_p
+    variant = function(name.encode())
+    return None if variant is None else variant.decode()

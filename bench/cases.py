@@ -1,0 +1,183 @@
+"""The suite: shapes once, for every device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import yoco_ext
+
+from . import peers
+from .harness import OURS, Case
+
+SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.float8_e4m3fn: 1, torch.int8: 1}
+
+
+def _randn(*shape: int, dtype: torch.dtype, device: torch.device, grad: bool = False) -> Tensor:
+    return torch.randn(*shape, device=device).to(dtype).requires_grad_(grad)
+
+
+def _backward(run, inputs: list[Tensor], d_out: Tensor):
+    """A call of the backward alone: the graph is kept, the gradients are not accumulated."""
+    out = run(*inputs)
+    return lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+
+
+def visible_pairs(time_q: int, time_k: int, left: int = -1) -> float:
+    """Query-key pairs of causal attention (bottom-right) with `left` keys before the diagonal."""
+    rows = torch.arange(time_q, dtype=torch.float64) + (time_k - time_q) + 1
+    if left >= 0:
+        rows = rows.clamp(max=left + 1)
+    return float(rows.sum())
+
+
+def attention(device, dtype, time, heads, dim, *, batch=1, backward=False, time_k=None, heads_kv=None) -> Case:
+    time_k, heads_kv = time_k or time, heads_kv or heads
+    q = _randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward)
+    k, v = (_randn(batch, time_k, heads_kv, dim, dtype=dtype, device=device, grad=backward) for _ in range(2))
+    runs = {OURS: lambda q, k, v: yoco_ext.attention(q, k, v)}
+    if time == time_k:
+        runs["sdpa"] = lambda q, k, v: peers.sdpa(q, k, v, causal=True)
+    else:
+        mask = peers.window_mask(time, time_k, time_k, device)
+        runs["sdpa with mask"] = lambda q, k, v: peers.sdpa(q, k, v, mask)
+    if device.type == "cuda" and dtype != torch.float32:
+        if time == time_k:
+            runs["sdpa cudnn"] = lambda q, k, v: peers.sdpa_cudnn(q, k, v, causal=True)
+        runs |= peers.gpu_attention_peers((-1, -1))
+    pairs = visible_pairs(time, time_k) * batch * heads
+    elements = q.numel() * 2 + k.numel() * 2
+    shape = f"B{batch} T{time}{'' if time == time_k else f'/{time_k}'} H{heads}/{heads_kv} D{dim} causal"
+    return _case("attention", shape, dtype, pairs * 4 * dim, elements * SIZE[dtype], runs, [q, k, v], backward)
+
+
+def window(device, dtype, time, heads, dim, left, *, batch=1, backward=False) -> Case:
+    q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
+    runs = {OURS: lambda q, k, v: yoco_ext.sliding_window_attention(q, k, v, (left - 1, 0))}
+    if time <= 8192:
+        mask = peers.window_mask(time, time, left - 1, device)
+        runs["sdpa with mask"] = lambda q, k, v: peers.sdpa(q, k, v, mask)
+    if not (backward and device.type == "cpu"):  # FlexAttention has no backward on the CPU
+        runs["flex compiled"] = peers.flex_window(time, left - 1, device)
+    if device.type == "cuda" and dtype != torch.float32:
+        runs |= peers.gpu_attention_peers((left - 1, 0))
+    flops = visible_pairs(time, time, left - 1) * batch * heads * 4 * dim
+    shape = f"B{batch} T{time} H{heads} D{dim} window {left}"
+    return _case("window", shape, dtype, flops, 4 * q.numel() * SIZE[dtype], runs, [q, k, v], backward)
+
+
+def retention(device, dtype, batch, time, heads, dim, *, backward=False, reference=False) -> Case:
+    q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
+    g = torch.nn.functional.logsigmoid(torch.randn(batch, time, heads, device=device)).div(16).requires_grad_(backward)
+    runs = {
+        OURS: lambda q, k, v, g: yoco_ext.gated_retention(q, k, v, g),
+        "chunkwise compiled": lambda q, k, v, g: peers.compiled_retention()(q, k, v, g),
+    }
+    if device.type == "cuda":
+        runs |= peers.gpu_retention_peers()
+    if reference:
+        runs["reference"] = lambda q, k, v, g: yoco_ext.reference.gated_retention(q, k, v, g)
+    chunk = 64  # useful work: state update and query, and the lower triangle of each chunk
+    flops = batch * time * heads * (4 * dim * dim + (chunk + 1) * 2 * dim)
+    bytes_ = 4 * q.numel() * SIZE[dtype] + 4 * g.numel()
+    shape = f"B{batch} T{time} H{heads} D{dim}"
+    return _case("retention", shape, dtype, flops, bytes_, runs, [q, k, v, g], backward)
+
+
+def _case(op, shape, dtype, flops, bytes_, runs, inputs, backward) -> Case:
+    if not backward:
+        calls = {name: (lambda run=run: run(*inputs)) for name, run in runs.items()}
+        return Case(f"{op} forward", shape, dtype, flops, bytes_, calls)
+    with torch.no_grad():
+        d_out = torch.randn_like(next(iter(runs.values()))(*inputs))
+    calls = {name: _backward(run, inputs, d_out) for name, run in runs.items()}
+    return Case(f"{op} backward", shape, dtype, 2.5 * flops, 2 * bytes_, calls)
+
+
+def decode(device, dtype, batch, time_k, *, cache_dtype=None, heads=24, heads_kv=8, dim=128) -> Case:
+    """One new token per sequence over the shared cache; the peer is memory bandwidth."""
+    cache_dtype = cache_dtype or dtype
+    q = _randn(batch, 1, heads, dim, dtype=dtype, device=device)
+    k, v = ((torch.randn(batch, time_k, heads_kv, dim, device=device) * 8).to(cache_dtype) for _ in range(2))
+    used = torch.full((batch,), time_k, dtype=torch.int32, device=device)
+    scale = torch.full((heads_kv,), 0.125, device=device) if SIZE[cache_dtype] == 1 else None
+    runs = {OURS: lambda: yoco_ext.attention_decode(q, k, v, seqused_k=used, k_scale=scale, v_scale=scale)}
+    if cache_dtype == dtype:
+        runs["sdpa"] = lambda: peers.sdpa(q, k, v)
+    shape = f"B{batch} Tk{time_k} H{heads}/{heads_kv} D{dim} {str(cache_dtype).removeprefix('torch.')} cache"
+    flops = batch * heads * time_k * 4 * dim
+    return Case("decode", shape, dtype, flops, (k.numel() + v.numel()) * SIZE[cache_dtype], runs)
+
+
+def step(device, dtype, batch, heads, dim) -> Case:
+    q, k, v = (_randn(batch, 1, heads, dim, dtype=dtype, device=device) for _ in range(3))
+    g = torch.full((batch, 1, heads), -0.01, device=device)
+    state = torch.zeros(batch, heads, dim, dim, device=device)
+
+    def plain() -> None:
+        state.mul_(g[:, 0, :, None, None].exp()).add_(k[:, 0, :, :, None].float() * v[:, 0, :, None, :].float())
+        torch.einsum("bhk,bhkv->bhv", q[:, 0].float(), state)
+
+    runs = {OURS: lambda: yoco_ext.gated_retention_step(q, k, v, g, state), "eager": plain}
+    return Case(
+        "retention step", f"B{batch} H{heads} D{dim}", dtype, 4 * batch * heads * dim * dim, 8 * state.numel(), runs
+    )
+
+
+def cpu_suite(quick: bool) -> Iterator[Case]:
+    device = torch.device("cpu")
+    times = (1024, 4096) if quick else (1024, 4096, 16384)
+    for dtype in (torch.bfloat16, torch.float32):
+        for dim in (64, 128):
+            for time in times:
+                yield attention(device, dtype, time, 8, dim)
+            yield attention(device, dtype, 4096, 8, dim, backward=True)
+            yield window(device, dtype, 4096, 8, dim, 512)
+            yield window(device, dtype, 4096, 8, dim, 512, backward=True)
+            for time in times:
+                yield retention(device, dtype, 1, time, 8, dim, reference=time == 4096)
+            yield retention(device, dtype, 1, 4096, 8, dim, backward=True)
+    for cache_dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
+        yield decode(device, torch.bfloat16, 1, 32768, cache_dtype=cache_dtype)
+    yield decode(device, torch.bfloat16, 4, 16384)
+    yield step(device, torch.bfloat16, 8, 24, 128)
+
+
+def cuda_suite(quick: bool) -> Iterator[Case]:
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    tokens, hidden = 16384, 2048
+    for dim in (64, 128, 256):
+        for time in (1024, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384):
+            for backward in (False, True):
+                yield attention(device, dtype, time, hidden // dim, dim, batch=tokens // time, backward=backward)
+    for left in (256, 1024) if quick else (256, 512, 1024, 4096):
+        for dim in (64, 128):
+            yield window(device, dtype, 16384, hidden // dim, dim, left)
+            yield window(device, dtype, 16384, hidden // dim, dim, left, backward=True)
+    for time in (1, 16, 1024):
+        for time_k in (8192, 131072) if quick else (8192, 131072, 1048576):
+            if time * time_k <= 2**28:
+                yield attention(device, dtype, time, 24, 128, time_k=time_k, heads_kv=8)
+    shapes = [
+        (1, 8192, 96, 128),
+        (2, 16384, 16, 128),
+        (4, 2048, 16, 128),
+        (4, 4096, 64, 128),
+        (8, 2048, 32, 256),
+        (8, 1024, 8, 64),
+    ]
+    for shape in shapes:
+        yield retention(device, dtype, *shape)
+        yield retention(device, dtype, *shape, backward=True)
+    if not quick:
+        yield retention(device, dtype, 1, 2**20, 24, 128)
+    for batch in (1, 8, 64):
+        for time_k in (4096, 131072) if quick else (4096, 32768, 131072, 1048576):
+            if batch * time_k <= 2**22:
+                for cache_dtype in (dtype, torch.float8_e4m3fn):
+                    yield decode(device, dtype, batch, time_k, cache_dtype=cache_dtype)
+    for batch in (1, 64):
+        yield step(device, dtype, batch, 24, 128)
+    yield attention(device, dtype, 256, 8, 64)  # launch overhead

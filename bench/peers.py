@@ -1,0 +1,114 @@
+"""What yoco_ext is compared with: PyTorch's own attention, FlexAttention, and the chunkwise retention in plain PyTorch.
+On a GPU also flash_attn, fla and cuDNN, where they can be imported."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """torch's scaled_dot_product_attention on [B, T, H, D] tensors."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa).transpose(1, 2)
+
+
+def sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """SDPA picks FlashAttention-2 by default; on Hopper cuDNN is faster, so a fair comparison forces it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v, causal=causal)
+
+
+def window_mask(time_q: int, time_k: int, left: int, device: torch.device) -> Tensor:
+    """Boolean [time_q, time_k]: causal, `left` keys before the diagonal; aligned bottom-right."""
+    row = torch.arange(time_q, device=device)[:, None] + time_k - time_q
+    key = torch.arange(time_k, device=device)[None, :]
+    return (key <= row) & (key >= row - left)
+
+
+@functools.cache
+def _compiled_flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_window(time: int, left: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Compiled FlexAttention with a causal window; the block mask is made once, outside the timing."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (q - k <= left)
+
+    mask = create_block_mask(visible, None, None, time, time, device=str(device))
+    flex = _compiled_flex()
+    return lambda q, k, v: flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+
+
+def chunkwise_retention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, chunk: int = 64) -> Tensor:
+    """Gated retention as a user would write it in PyTorch: all chunks at once, a loop only for the state."""
+    batch, time, heads, dim_k = q.shape
+    n = time // chunk
+
+    def split(x: Tensor) -> Tensor:
+        return x.reshape(batch, n, chunk, heads, -1).permute(0, 3, 1, 2, 4)
+
+    q, k, v = split(q), split(k), split(v)
+    b = split(g[..., None]).squeeze(-1).float().cumsum(-1)  # [B, H, N, C]
+    rows = torch.arange(chunk, device=q.device)
+    causal = rows[:, None] >= rows[None, :]
+    decay = torch.where(causal, (b[..., :, None] - b[..., None, :]).clamp(max=0).exp(), 0.0)
+    scores = (q @ k.transpose(-1, -2)).float() * decay
+    local = scores.to(v.dtype) @ v
+    updates = ((k * (b[..., -1:] - b).exp()[..., None].to(k.dtype)).transpose(-1, -2) @ v).float()
+    total = b[..., -1].exp()
+    state = updates.new_zeros(batch, heads, dim_k, v.shape[-1])
+    before = []
+    for i in range(n):
+        before.append(state)
+        state = total[:, :, i, None, None] * state + updates[:, :, i]
+    states = torch.stack(before, 2).to(v.dtype)
+    out = (local + (q * b.exp()[..., None].to(q.dtype)) @ states) * dim_k**-0.5
+    return out.permute(0, 2, 3, 1, 4).reshape(batch, time, heads, -1)
+
+
+@functools.cache
+def compiled_retention() -> Callable:
+    return torch.compile(chunkwise_retention, dynamic=False)
+
+
+def gpu_attention_peers(window: tuple[int, int]) -> dict[str, Callable]:
+    """flash_attn 2 and 3 as far as they are installed, called with [B, T, H, D] tensors."""
+    found: dict[str, Callable] = {}
+    try:
+        from flash_attn import flash_attn_func
+
+        found["flash_attn 2"] = lambda q, k, v: flash_attn_func(q, k, v, causal=True, window_size=window)
+    except ImportError:
+        pass
+    try:
+        from flash_attn_interface import flash_attn_func as flash_attn_3
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = flash_attn_3(q, k, v, causal=True, window_size=window)
+            return out[0] if isinstance(out, tuple) else out
+
+        found["flash_attn 3"] = run
+    except ImportError:
+        pass
+    return found
+
+
+def gpu_retention_peers() -> dict[str, Callable]:
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        return {}
+    return {"fla chunk_simple_gla": lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0]}
