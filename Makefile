@@ -87,3 +87,9 @@ format: $(VENV)/.installed
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)/.built yoco_ext/*.so
+
+# ---- on a machine with a GPU: make gpu OUT=folder [STAGE=build|test|sanitize|bench] ----
+OUT   ?= gpu_output
+STAGE ?= all
+gpu:
+	.ci/gpu.sh $(OUT) $(STAGE)
