@@ -153,9 +153,14 @@ Gradients backward(const Tensor& d_out_given, const OptionalTensor& d_lse_given,
   return d;
 }
 
+// A tensor of t's shape with all strides zero: something for autograd to hang a gradient on, without memory.
+Tensor token_like(const Tensor& t) {
+  return expand(zeros(t, {1}, accumulator_type(t)), {t.sizes().begin(), t.sizes().end()});
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention(YOCO_ATTENTION_ARGS) {
+std::tuple<Tensor, Tensor> attention(YOCO_ATTENTION_ARGS, bool /*deterministic*/) {
   AttentionParams p{};
   fill(p, YOCO_ATTENTION_PASS);
   const Backend backend = backend_for(q);
@@ -166,6 +171,12 @@ std::tuple<Tensor, Tensor> attention(YOCO_ATTENTION_ARGS) {
   const Tensor workspace = allocate_workspace(backend, backend.table->attention_forward_workspace, p, q);
   run(backend, "attention", backend.table->attention_forward, p);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> shared_attention(YOCO_ATTENTION_ARGS, bool deterministic,
+                                                            const Tensor& /*token_k*/, const Tensor& /*token_v*/) {
+  auto [out, lse] = attention(YOCO_ATTENTION_PASS, deterministic);
+  return {out, lse, token_like(k), token_like(v)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out,

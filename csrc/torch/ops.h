@@ -23,7 +23,9 @@ Tensor gated_retention_step(const Tensor& q, const Tensor& k, const Tensor& v, c
       const OptionalTensor &latent_begin, const OptionalTensor &latent_end, int64_t max_seqlen_q,                     \
       int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right, double softcap
 
-std::tuple<Tensor, Tensor> attention(YOCO_ATTENTION_ARGS);
+std::tuple<Tensor, Tensor> attention(YOCO_ATTENTION_ARGS, bool deterministic);
+std::tuple<Tensor, Tensor, Tensor, Tensor> shared_attention(YOCO_ATTENTION_ARGS, bool deterministic,
+                                                            const Tensor& token_k, const Tensor& token_v);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out,
                                                                               const OptionalTensor& d_lse,
                                                                               const Tensor& out, const Tensor& lse,

@@ -13,6 +13,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("gated_retention_backward", TORCH_BOX(&yoco::gated_retention_backward));
   m.impl("gated_retention_step", TORCH_BOX(&yoco::gated_retention_step));
   m.impl("attention", TORCH_BOX(&yoco::attention));
+  m.impl("shared_attention", TORCH_BOX(&yoco::shared_attention));
   m.impl("attention_backward", TORCH_BOX(&yoco::attention_backward));
   m.impl("attention_backward_accumulate", TORCH_BOX(&yoco::attention_backward_accumulate));
   m.impl("attention_decode", TORCH_BOX(&yoco::attention_decode));

@@ -21,7 +21,12 @@ inline constexpr const char* kSchemas[] = {
   "gated_retention_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, float scale) -> Tensor",
 
   // window_left, window_right: -1 = unlimited; causal is window_right = 0.
-  "attention(" YOCO_ATTENTION_INPUTS ") -> (Tensor out, Tensor lse)",
+  // deterministic is for the backward, which takes it from here.
+  "attention(" YOCO_ATTENTION_INPUTS ", bool deterministic) -> (Tensor out, Tensor lse)",
+  // attention over a SharedKV: the tokens carry no data, only the accumulator of dK and dV from layer to layer in the
+  // backward (yoco_ext/ops/shared_kv.py). token, next: float32, k's and v's shape, all strides zero.
+  "shared_attention(" YOCO_ATTENTION_INPUTS ", bool deterministic, Tensor token_k, Tensor token_v)"
+    " -> (Tensor out, Tensor lse, Tensor next_k, Tensor next_v)",
   // grads: bit 0 dq, 1 dk and dv, 2 d_latent_k and d_latent_v, 3 d_sinks.
   "attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, " YOCO_ATTENTION_INPUTS ", int grads, "
     "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_latent_k, Tensor d_latent_v, Tensor d_sinks)",

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -146,6 +147,15 @@ inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes, Scala
 }
 
 inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
+
+inline Tensor expand(const Tensor& t, const std::vector<int64_t>& sizes) {
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(t),
+      torch::stable::detail::from(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size())),
+      torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::expand", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 // Gradients arrive with any strides (an expanded scalar, a transpose): a copy only when the last dimension is strided.
 inline Tensor with_contiguous_last(const Tensor& t) {
