@@ -184,7 +184,7 @@ def _latents(latents: Any, batch: int, heads_kv: int, dim_qk: int, dim_v: int, q
     return k, v
 
 
-def _qkv(q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v") -> None:
+def qkv(q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v") -> None:
     _rank("q", q, 4, "[batch, time_q, heads_q, dim_qk]")
     _rank(k_name, k, 4, "[batch, time_k, heads_kv, dim_qk]")
     _rank(v_name, v, 4, "[batch, time_k, heads_kv, dim_v]")
@@ -245,7 +245,7 @@ def attention(
     latent_end: Tensor | None,
 ) -> tuple[int, int]:
     """Returns (window_left, window_right) with causal folded in; -1 = unlimited."""
-    _qkv(q, k, v)
+    qkv(q, k, v)
     _same("k", k, q)
     _same("v", v, q)
     batch, time_q = q.shape[0], q.shape[1]
@@ -337,7 +337,7 @@ def attention_decode(
     num_splits: int,
 ) -> tuple[int, int]:
     """Returns (window_left, window_right) with causal folded in; -1 = unlimited."""
-    _qkv(q, k_cache, v_cache, "k_cache", "v_cache")
+    qkv(q, k_cache, v_cache, "k_cache", "v_cache")
     batch, time_q = q.shape[0], q.shape[1]
     if not 1 <= time_q <= MAX_STEP_TOKENS:
         fail("q", f"{time_q} tokens", f"1 to {MAX_STEP_TOKENS} tokens; attention takes any number")

@@ -1,0 +1,273 @@
+"""Attention over keys and values: causal, windowed, packed, with prefix rows and latents; forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yoco_ext import _checks
+from yoco_ext.ops._common import NAMESPACE, accumulator_dtype, autocast, no_second_derivative, ops
+from yoco_ext.ops.shared_kv import SharedKV
+
+# Places of the differentiable inputs among the arguments of the op, and the bits of `grads` in csrc/torch/schemas.h.
+_Q, _K, _V, _SINKS, _LATENT_K, _LATENT_V = 0, 1, 2, 3, 9, 10
+_INPUTS = 19  # arguments up to softcap, shared by forward and backward
+_TOKEN_K, _TOKEN_V = 20, 21
+_GRAD_Q, _GRAD_KV, _GRAD_LATENTS, _GRAD_SINKS = 1, 2, 4, 8
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
+    latents: tuple[Tensor, Tensor] | None = None,
+    latent_begin: Tensor | None = None,
+    latent_end: Tensor | None = None,
+    deterministic: bool = False,
+) -> tuple[Any, ...]:
+    """Checks, and the arguments in the order of the op's schema."""
+    if latents is None:
+        q, k, v = autocast(q, k, v)
+    else:
+        q, k, v, *latents = autocast(q, k, v, *latents)  # type: ignore[assignment]
+    left, right = _checks.attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        causal=causal,
+        window_size=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+        prefix_len=prefix_len,
+        latents=latents,
+        latent_begin=latent_begin,
+        latent_end=latent_end,
+    )
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.float().contiguous()
+    latent_k, latent_v = (None, None) if latents is None else latents
+    return (
+        q,
+        k,
+        v,
+        sinks,
+        alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        prefix_len,
+        latent_k,
+        latent_v,
+        latent_begin,
+        latent_end,
+        -1 if max_seqlen_q is None else max_seqlen_q,
+        -1 if max_seqlen_k is None else max_seqlen_k,
+        q.shape[3] ** -0.5 if scale is None else scale,
+        left,
+        right,
+        softcap,
+        deterministic,
+    )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any) -> Any:
+    """softmax(scale * q k^T + masks) v, with float32 softmax, O(time) memory, and gradients for q, k, v, sinks and
+    latents, also through lse.
+
+    Shapes: q [B, Tq, Hq, Dqk], k [B, Tk, Hkv, Dqk], v [B, Tk, Hkv, Dv] -> [B, Tq, Hq, Dv]. Query head h uses K/V head
+    h // (Hq // Hkv). Head dimensions: multiples of 8 up to 256. Any lengths, 0 included. Any strides with a contiguous
+    last dimension. dtypes: bfloat16, float16, float32, on the CPU float64. Under autocast q, k, v and latents are cast
+    to the autocast dtype. The same options in yoco_ext.reference.attention, whose source is the definition.
+
+    Options:
+        scale: factor on the logits; default Dqk ** -0.5.
+        causal: row i sees keys up to the diagonal, aligned bottom-right: j <= i + Tk - Tq. Default True.
+        window: (left, right) keys before and after the diagonal that are visible; -1 = all. causal makes right 0.
+        softcap: s -> softcap * tanh(s / softcap); 0 = none.
+        sinks: [Hq], one extra logit per head in the denominator of the softmax, counted in lse. Differentiable.
+        alibi_slopes: [Hq] or [sequences, Hq]: adds -slope * |i + Tk - Tq - j|, after softcap. Constant.
+        cu_seqlens_q, cu_seqlens_k: int32 [N + 1], boundaries of N packed sequences (then B = 1). Rows of no sequence
+            give 0 (lse -inf). max_seqlen_q, max_seqlen_k: upper bounds of the lengths, save work when given.
+        seqused_k: int32 [sequences], keys really there; the rest is never read.
+        prefix_len: int32 [B, Tq]: row i sees keys 0 .. prefix_len_i - 1 of its sequence. Replaces causal; not with window.
+        latents: (k, v), a second segment [B or 1, N, Hkv, D] under the same softmax, never causal; row i sees
+            latent_begin_i .. latent_end_i - 1 (int32 [B, Tq]; default all). Differentiable.
+        return_lse: also return the log-sum-exp, natural logarithm, float32 (float64 for float64) [B, Hq, Tq]. A row
+            that sees nothing gives 0 and -inf. Differentiable.
+        deterministic: bitwise repeatable backward on CUDA too (on the CPU it always is).
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+        RuntimeError: contents of an index tensor out of range (CPU tensors), or not supported by this back end.
+    """
+    out, lse = ops.attention(*_arguments(q, k, v, **options))
+    return (out, lse) if return_lse else out
+
+
+def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], **options: Any) -> Any:
+    """attention with a window (left, right): keys before and after the diagonal that are visible, -1 = all.
+
+    The paper's window of C keys is (C - 1, 0); other code means (C, 0). All options of `attention`.
+    """
+    return attention(q, k, v, window=window, **options)
+
+
+def cross_attention(q: Tensor, shared_kv: SharedKV, *, return_lse: bool = False, **options: Any) -> Any:
+    """attention over the K/V that all layers of the cross-decoder share.
+
+    q [B, Tq, Hq, Dqk] -> [B, Tq, Hq, Dv]; options of `attention`, with cu_seqlens and seqused_k taken from shared_kv
+    unless given. The gradients of all layers for K and V add into one float32 accumulator (see SharedKV).
+    """
+    arguments = _arguments(q, shared_kv.k, shared_kv.v, **{**shared_kv.options(), **options})
+    tokens = shared_kv.tokens if torch.is_grad_enabled() else None
+    if tokens is None:
+        out, lse = ops.attention(*arguments)
+    else:
+        # K and V go in without their graph: their gradient comes back through the tokens alone.
+        q, k, v, *rest = arguments
+        out, lse, *following = ops.shared_attention(q, k.detach(), v.detach(), *rest, *tokens)
+        shared_kv.advance(tokens, following)
+    return (out, lse) if return_lse else out
+
+
+# ---- autograd ------------------------------------------------------------------------------------------------------
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors = inputs[:13]  # q ... latent_end: tensors or None
+    ctx.save_for_backward(output[0], output[1], *tensors)
+    ctx.numbers = inputs[13:_INPUTS]
+    ctx.deterministic = inputs[_INPUTS]
+    # Undefined gradients stay None: no zeros are made for an lse nobody used.
+    ctx.set_materialize_grads(False)
+
+
+def _grads(ctx: Any) -> int:
+    """Only what somebody asked for."""
+    need = ctx.needs_input_grad
+    return (
+        _GRAD_Q * need[_Q]
+        | _GRAD_KV * (need[_K] or need[_V])
+        | _GRAD_LATENTS * (need[_LATENT_K] or need[_LATENT_V])
+        | _GRAD_SINKS * need[_SINKS]
+    )
+
+
+def _places(ctx: Any, total: int, found: dict[int, Tensor | None]) -> tuple[Tensor | None, ...]:
+    """One gradient per input of the op, None where none is needed."""
+    need = ctx.needs_input_grad
+    return tuple(found.get(i) if need[i] else None for i in range(total))
+
+
+def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    total = _INPUTS + 1
+    if d_out is None and d_lse is None:
+        return (None,) * total
+    out, lse, *tensors = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    dq, dk, dv, d_latent_k, d_latent_v, d_sinks = ops.attention_backward(
+        d_out, d_lse, out, lse, *tensors, *ctx.numbers, _grads(ctx), ctx.deterministic
+    )
+    found = {_Q: dq, _K: dk, _V: dv, _SINKS: d_sinks, _LATENT_K: d_latent_k, _LATENT_V: d_latent_v}
+    return _places(ctx, total, found)
+
+
+def _shared_backward(
+    ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, dk: Tensor | None, dv: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """dk, dv: what the layers behind this one have accumulated; returned with this layer's share added in place."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "cross_attention over a SharedKV does not support create_graph=True: its backward accumulates in place "
+            "(yoco_ext has first derivatives only; yoco_ext.reference differentiates twice)"
+        )
+    total = _TOKEN_V + 1
+    if d_out is None and d_lse is None:
+        return _places(ctx, total, {_TOKEN_K: dk, _TOKEN_V: dv})
+    out, lse, *tensors = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    accumulators = []
+    for gradient, like in ((dk, tensors[_K]), (dv, tensors[_V])):
+        if gradient is None:
+            gradient = torch.zeros(like.shape, dtype=accumulator_dtype(like), device=like.device)
+        accumulators.append(gradient.contiguous())
+    dq, d_latent_k, d_latent_v, d_sinks = ops.attention_backward_accumulate(
+        d_out, d_lse, out, lse, *tensors, *ctx.numbers, _grads(ctx) | _GRAD_KV, ctx.deterministic, *accumulators
+    )
+    found = {_Q: dq, _SINKS: d_sinks, _LATENT_K: d_latent_k, _LATENT_V: d_latent_v}
+    found |= {_TOKEN_K: accumulators[0], _TOKEN_V: accumulators[1]}
+    return _places(ctx, total, found)
+
+
+torch.library.register_autograd(f"{NAMESPACE}::attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd(f"{NAMESPACE}::shared_attention", _shared_backward, setup_context=_setup_context)
+no_second_derivative("attention_backward")
+
+
+# ---- fake (Meta) implementations -----------------------------------------------------------------------------------
+def _nothing(q: Tensor) -> Tensor:
+    return q.new_empty((0,))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention")
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _checks.qkv(q, k, v)
+    batch, time_q, heads_q, _ = q.shape
+    lse = q.new_empty((batch, heads_q, time_q), dtype=accumulator_dtype(q))
+    return q.new_empty((batch, time_q, heads_q, v.shape[3])), lse
+
+
+@torch.library.register_fake(f"{NAMESPACE}::shared_attention")
+def _fake_shared(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, lse = _fake(q, k, v)
+    dtype = accumulator_dtype(q)
+    return out, lse, k.new_zeros(1, dtype=dtype).expand(k.shape), v.new_zeros(1, dtype=dtype).expand(v.shape)
+
+
+def _fake_gradients(inputs: tuple[Any, ...], grads: int) -> tuple[Tensor, ...]:
+    q, sinks = inputs[_Q], inputs[_SINKS]
+
+    def wanted(bit: int, like: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return q.new_empty(like.shape, dtype=dtype) if grads & bit and like is not None else _nothing(q)
+
+    return (
+        wanted(_GRAD_Q, q, q.dtype),
+        wanted(_GRAD_KV, inputs[_K], q.dtype),
+        wanted(_GRAD_KV, inputs[_V], q.dtype),
+        wanted(_GRAD_LATENTS, inputs[_LATENT_K], q.dtype),
+        wanted(_GRAD_LATENTS, inputs[_LATENT_V], q.dtype),
+        wanted(_GRAD_SINKS, sinks, torch.float32),
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention_backward")
+def _fake_backward(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(rest[:_INPUTS], rest[_INPUTS])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention_backward_accumulate")
+def _fake_accumulate(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dq, _, _, d_latent_k, d_latent_v, d_sinks = _fake_gradients(rest[:_INPUTS], rest[_INPUTS])
+    return dq, d_latent_k, d_latent_v, d_sinks
