@@ -91,14 +91,25 @@ def _number(argument: str, x: Any, allowed: str = "a number or None") -> None:
 
 def cu_seqlens(argument: str, x: Any, batch: int, like: Tensor) -> int:
     """Boundaries of packed sequences; returns their number."""
-    if not isinstance(x, Tensor) or x.dtype != torch.int32 or x.dim() != 1 or x.shape[0] < 2:
-        fail(argument, _describe(x), "an int32 tensor [sequences + 1] with at least one sequence")
+    if not isinstance(x, Tensor) or x.dtype != torch.int32 or x.dim() != 1 or x.shape[0] < 1:
+        fail(argument, _describe(x), "an int32 tensor [sequences + 1]")
     if batch != 1:
         fail(argument, f"packed sequences with batch {batch}", "batch 1")
     _device(argument, x, like)
     if not x.is_contiguous():
         fail(argument, f"strides {list(x.stride())}", "a contiguous tensor")
     return x.shape[0] - 1
+
+
+def index_range(argument: str, x: Tensor | None, low: int, high: int) -> None:
+    """Contents of an index tensor, for back ends that may look (the reference; the CPU kernels check in C++)."""
+    if x is not None and x.numel() and not (low <= int(x.min()) and int(x.max()) <= high):
+        fail(argument, f"values from {int(x.min())} to {int(x.max())}", f"{low} to {high}")
+
+
+def _no_gradient(op: str, instead: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        fail(op, "a tensor that requires a gradient", f"torch.no_grad(): it has no backward{instead}")
 
 
 # ---- gated retention -----------------------------------------------------------------------------------------------
@@ -152,6 +163,7 @@ def gated_retention_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tens
     if not 1 <= time <= MAX_STEP_TOKENS:
         fail("q", f"{time} tokens", f"1 to {MAX_STEP_TOKENS} tokens; gated_retention takes any number")
     _state("state", state, (batch, heads, dim_k, dim_v), q)
+    _no_gradient("gated_retention_step", "; gated_retention has one", q, k, v, g, state)
     if not state.is_contiguous():
         fail("state", f"strides {list(state.stride())}", "a contiguous tensor (it is updated in place)")
 
@@ -341,6 +353,7 @@ def attention_decode(
     batch, time_q = q.shape[0], q.shape[1]
     if not 1 <= time_q <= MAX_STEP_TOKENS:
         fail("q", f"{time_q} tokens", f"1 to {MAX_STEP_TOKENS} tokens; attention takes any number")
+    _no_gradient("attention_decode", "; attention has one", q, k_cache, v_cache)
     _cache(q, k_cache, v_cache, batch, block_table, ring)
     _int32("seqused_k", seqused_k, (batch,), "[batch]", q)
     left, right = window(window_size)
@@ -388,6 +401,7 @@ def append_kv(
     for name, x in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         _last_contiguous(name, x)
     sequences = batch if cu is None else cu_seqlens("cu_seqlens", cu, batch, k)
+    _no_gradient("append_kv", "", k, v, k_cache, v_cache)
     _cache(k, k_cache, v_cache, sequences, block_table, ring)
     _int32("seqused_k", seqused_k, (sequences,), "[sequences]", k)
     _cache_scales(k_scale, v_scale, k_cache)

@@ -22,7 +22,6 @@ def _arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     scale: float | None = None,
     causal: bool = True,
     window: tuple[int, int] = (-1, -1),
@@ -94,7 +93,29 @@ def _arguments(
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any) -> Any:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
+    latents: tuple[Tensor, Tensor] | None = None,
+    latent_begin: Tensor | None = None,
+    latent_end: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+) -> Any:
     """softmax(scale * q k^T + masks) v, with float32 softmax, O(time) memory, and gradients for q, k, v, sinks and
     latents, also through lse.
 
@@ -113,7 +134,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **op
         cu_seqlens_q, cu_seqlens_k: int32 [N + 1], boundaries of N packed sequences (then B = 1). Rows of no sequence
             give 0 (lse -inf). max_seqlen_q, max_seqlen_k: upper bounds of the lengths, save work when given.
         seqused_k: int32 [sequences], keys really there; the rest is never read.
-        prefix_len: int32 [B, Tq]: row i sees keys 0 .. prefix_len_i - 1 of its sequence. Replaces causal; not with window.
+        prefix_len: int32 [B, Tq]: row i sees keys 0 .. prefix_len_i - 1 of its sequence. Replaces causal; no window then.
         latents: (k, v), a second segment [B or 1, N, Hkv, D] under the same softmax, never causal; row i sees
             latent_begin_i .. latent_end_i - 1 (int32 [B, Tq]; default all). Differentiable.
         return_lse: also return the log-sum-exp, natural logarithm, float32 (float64 for float64) [B, Hq, Tq]. A row
@@ -124,7 +145,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **op
         ValueError: an argument has a wrong shape, dtype, device or value.
         RuntimeError: contents of an index tensor out of range (CPU tensors), or not supported by this back end.
     """
-    out, lse = ops.attention(*_arguments(q, k, v, **options))
+    out, lse = ops.attention(
+        *_arguments(
+            q,
+            k,
+            v,
+            scale,
+            causal,
+            window,
+            softcap,
+            sinks,
+            alibi_slopes,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            seqused_k,
+            prefix_len,
+            latents,
+            latent_begin,
+            latent_end,
+            deterministic,
+        )
+    )
     return (out, lse) if return_lse else out
 
 

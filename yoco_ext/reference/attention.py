@@ -6,6 +6,7 @@ O(time_q * time_k): this is what the fused kernels are checked against, not what
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +21,14 @@ class KeysAndValues(Protocol):
     k: Tensor
     v: Tensor
 
+    def options(self) -> dict[str, Tensor]:
+        """Its cu_seqlens and seqused_k as options of attention."""
+        ...
+
 
 def _boundaries(argument: str, cu_seqlens: Tensor, time: int) -> list[int]:
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)) or bounds[-1] > time:
+    if bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)) or bounds[-1] > time:
         _checks.fail(argument, bounds, f"rising from 0 to at most {time}")
     return bounds
 
@@ -113,6 +118,10 @@ def attention(
         latent_begin=latent_begin,
         latent_end=latent_end,
     )
+    _checks.index_range("seqused_k", seqused_k, 0, k.shape[1])
+    _checks.index_range("prefix_len", prefix_len, 0, k.shape[1])
+    for name, bound in (("latent_begin", latent_begin), ("latent_end", latent_end)):
+        _checks.index_range(name, bound, 0, latents[0].shape[1] if latents is not None else 0)
     batch, time_q, heads_q, dim_qk = q.shape
     heads_kv = k.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -178,4 +187,4 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, window: tuple[int,
 
 def cross_attention(q: Tensor, shared_kv: KeysAndValues, **options: Any) -> Any:
     """attention over the one K/V that all layers of the cross-decoder share."""
-    return attention(q, shared_kv.k, shared_kv.v, **options)
+    return attention(q, shared_kv.k, shared_kv.v, **{**shared_kv.options(), **options})
