@@ -26,8 +26,8 @@ constexpr KernelTable make_table() {
   // t.attention_forward_workspace = attention_forward_workspace;
   // t.attention_backward = attention_backward;
   // t.attention_backward_workspace = attention_backward_workspace;
-  // t.decode = decode;
-  // t.decode_workspace = decode_workspace;
+  t.decode = decode;
+  t.decode_workspace = decode_workspace;
   t.append_kv = append_kv;
   t.rms_norm = rms_norm;
   t.rms_norm_backward = rms_norm_backward;

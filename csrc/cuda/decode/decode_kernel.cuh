@@ -1,0 +1,508 @@
+// Split-KV attention of a few query tokens over a long cache, on tensor cores (mma.sync, sm_80 and later).
+//
+// All query heads of one KV head and all query tokens are packed into the rows of one tile, so K and V are read once.
+// The kernel streams memory: what counts is bytes in flight. Two schedules share the code:
+//   kRowWarps = 1 (at most 16 rows): every warp is a team of its own. It takes 16 keys of each tile through its own
+//   ring
+//     of cp.async stages, with its own softmax state and accumulator: no block barrier until the final merge.
+//   kRowWarps = 4 (up to 64 rows): the four warps are one team, each with 16 rows of the tile and all of its keys.
+// docs/cuda_decode.md has the derivation and the budgets.
+#pragma once
+
+#include "cuda/decode/dequant.cuh"
+#include "cuda/decode/keys.cuh"
+
+namespace yoco::cuda {
+
+template <typename T_, typename Cache_, int kHeadDim, int kRowWarps_>
+struct DecodeConfig {
+  using T = T_;
+  using Cache = Cache_;
+  static constexpr int kD = kHeadDim;
+  static constexpr bool kNarrow = sizeof(Cache) == 1;
+  static constexpr int kKeys = static_cast<int>(decode_tile_keys(kHeadDim));  // per block and stage
+  static constexpr int kRowWarps = kRowWarps_;
+  static constexpr int kWarps = kRowWarps == 1 ? kKeys / 16 : kRowWarps;
+  static constexpr int kTeams = kWarps / kRowWarps;
+  static constexpr int kTeamKeys = kKeys / kTeams;
+  static constexpr int kRows = 16 * kRowWarps;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kLoadRows = kKeys / kWarps;  // keys that a warp copies per stage
+  static constexpr int kRowBytes = kD * static_cast<int>(sizeof(Cache));
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kTileBytes = kKeys * kRowBytes;
+  static constexpr int kStageBytes = 2 * kTileBytes;
+  static constexpr int kQBytes = kRows * kD * 2;
+  static constexpr int kMergeStride = kD + 8;  // floats; the padding keeps rows of a fragment in different banks
+  static constexpr int kMergeBytes = kTeams * kRows * (kMergeStride + 2) * 4;
+  static constexpr int kMinStages = 2, kMaxStages = 4;
+  static constexpr bool kQInRegisters = kD <= 128;
+
+  static constexpr int shared_bytes(int stages) {
+    return kQBytes + (stages * kStageBytes > kMergeBytes ? stages * kStageBytes : kMergeBytes);
+  }
+};
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile: chunks are permuted so that the eight rows of an
+// ldmatrix fall into different banks.
+template <int kChunks>
+YOCO_DEVICE int swizzled(int row, int chunk) {
+  if constexpr (kChunks >= 8) {
+    return (row * kChunks + (chunk ^ (row & 7))) * 16;
+  } else {
+    static_assert(kChunks == 4, "rows of 64 bytes or of a multiple of 128");
+    return (row * kChunks + (chunk ^ (row >> 1 & 3))) * 16;
+  }
+}
+
+// Column of accumulator element (n_tile, pair element e) of lane l. One-byte V rows come in pairs of columns, so two
+// n-tiles share 16 columns and a lane holds four neighbours.
+template <bool kNarrow>
+YOCO_DEVICE int output_column(int n_tile, int lane, int e) {
+  const int t = lane % 4;
+  return kNarrow ? n_tile / 2 * 16 + 4 * t + 2 * e + n_tile % 2 : n_tile * 8 + 2 * t + e;
+}
+
+// Packed row r of the tile: query token and head of the group.
+struct PackedRow {
+  int64_t t, head;
+};
+YOCO_DEVICE PackedRow packed_row(int64_t r, int64_t group) {
+  const int64_t t = static_cast<uint32_t>(r) / static_cast<uint32_t>(group);
+  return {t, r - t * group};
+}
+
+// Copies one stage (K and V rows) of the keys at `position`; per warp, kLoadRows rows. The offsets of its rows are
+// looked up one stage ahead, so that the block table's latency is not in the way of the copies.
+template <typename C>
+struct TileLoader {
+  using Cache = typename C::Cache;
+  const Cache *k, *v;  // of this KV head
+  int warp_row;        // first row of this warp in the tile
+  int lane;
+  int k_bytes, v_bytes;  // valid bytes per row
+  DecodeKeys::Offsets next;
+
+  YOCO_DEVICE void look_up(DecodeKeys& keys, int64_t tile_begin) {
+    next = lane < C::kLoadRows ? keys.locate(tile_begin + warp_row + lane) : DecodeKeys::Offsets{-1, -1};
+  }
+
+  YOCO_DEVICE void copy(char* stage) const {
+    constexpr int kPasses = C::kLoadRows * C::kChunks / 32;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int index = pass * 32 + lane, row = index / C::kChunks, chunk = index % C::kChunks;
+      const int64_t k_offset = __shfl_sync(0xffffffffu, next.k, row), v_offset = __shfl_sync(0xffffffffu, next.v, row);
+      char* to = stage + swizzled<C::kChunks>(warp_row + row, chunk);
+      const int column = chunk * 16 / static_cast<int>(sizeof(Cache));
+      const bool valid = k_offset >= 0;
+      const int k_left = valid ? min(max(k_bytes - chunk * 16, 0), 16) : 0;
+      const int v_left = valid ? min(max(v_bytes - chunk * 16, 0), 16) : 0;
+      cp_async_16_partial(to, k + (k_left > 0 ? k_offset + column : 0), k_left);
+      cp_async_16_partial(to + C::kTileBytes, v + (v_left > 0 ? v_offset + column : 0), v_left);
+    }
+  }
+};
+
+// Rows of Q into shared memory, 16 bytes at a time where there is a row, zeros elsewhere. For a narrow cache the pairs
+// of every 16 columns are reordered (0 4 1 5 2 6 3 7 becomes their place): pair 2i goes to i, pair 2i + 1 to 4 + i,
+// which matches four neighbouring bytes of K in one register.
+template <typename C>
+YOCO_DEVICE void load_q(char* q_shared, const DecodeParams& p, int64_t b, int64_t kv_head, int64_t first_row,
+                        int64_t rows, int64_t group) {
+  using T = typename C::T;
+  constexpr int kChunks = C::kD / 8;
+  for (int i = threadIdx.x; i < C::kRows * kChunks; i += C::kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    Vec<T, 8> q{};
+    if (first_row + row < rows && chunk * 8 < p.dim_qk) {
+      const PackedRow r = packed_row(first_row + row, group);
+      q = load_const<8>(static_cast<const T*>(p.q.data) + b * p.q.batch_stride + r.t * p.q.time_stride +
+                        (kv_head * group + r.head) * p.q.head_stride + chunk * 8);
+    }
+    if constexpr (C::kNarrow) {
+      const auto* pairs = reinterpret_cast<const uint32_t*>(&q);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int pair = chunk % 2 * 4 + j;                         // within 16 columns
+        const int place = pair % 2 == 0 ? pair / 2 : 4 + pair / 2;  // 0..7: two chunks of four pairs
+        *reinterpret_cast<uint32_t*>(q_shared + swizzled<kChunks>(row, chunk / 2 * 2 + place / 4) + place % 4 * 4) =
+            pairs[j];
+      }
+    } else {
+      store(reinterpret_cast<T*>(q_shared + swizzled<kChunks>(row, chunk)), q);
+    }
+  }
+}
+
+// A fragment of 16 rows x 16 columns of Q.
+template <typename C>
+YOCO_DEVICE void q_fragment(uint32_t (&a)[4], const char* q_shared, int warp_row, int k_step, int lane) {
+  ldmatrix_x4(a, q_shared + swizzled<C::kD / 8>(warp_row + lane % 16, k_step * 2 + lane / 16));
+}
+
+// s[16 rows x kTeamKeys] = Q K^T for the team's keys, which start at row `first` of the K tile.
+template <typename C>
+YOCO_DEVICE void multiply_qk(float (&s)[C::kTeamKeys / 8][4], const uint32_t (*q)[4], const char* q_shared, int q_row,
+                             const char* k_tile, int first, int lane) {
+  using T = typename C::T;
+  constexpr int kNTiles = C::kTeamKeys / 8, kKSteps = C::kD / 16;
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
+  }
+  // Two k-steps at a time: one ldmatrix of a narrow tile holds both.
+#pragma unroll
+  for (int step = 0; step < kKSteps; step += 2) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if constexpr (C::kQInRegisters) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[j][i] = q[step + j][i];
+      } else {
+        q_fragment<C>(a[j], q_shared, q_row, step + j, lane);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kNTiles; n += 2) {
+      const int row = first + n * 8 + lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
+      uint32_t b[4];
+      if constexpr (C::kNarrow) {
+        // b[0], b[1]: keys 0..7 for both k-steps; b[2], b[3]: keys 8..15
+        ldmatrix_x4(b, k_tile + swizzled<C::kChunks>(row, step + half));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          uint32_t low, high;
+          Dequant<T, typename C::Cache>::run(b[i], low, high);
+          mma_16816<T>(s[n + i / 2], a[i % 2], low, high);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          ldmatrix_x4(b, k_tile + swizzled<C::kChunks>(row, (step + j) * 2 + half));
+          mma_16816<T>(s[n], a[j], b[0], b[1]);
+          mma_16816<T>(s[n + 1], a[j], b[2], b[3]);
+        }
+      }
+    }
+  }
+}
+
+// o[16 rows x kD] += P V. P comes as the A fragments of 16 keys each.
+template <typename C>
+YOCO_DEVICE void multiply_pv(float (&o)[C::kD / 8][4], const uint32_t (&p)[C::kTeamKeys / 16][4], const char* v_tile,
+                             int first, int lane) {
+  using T = typename C::T;
+#pragma unroll
+  for (int step = 0; step < C::kTeamKeys / 16; ++step) {
+    const int row = first + step * 16 + lane % 16;
+#pragma unroll
+    for (int n = 0; n < C::kD / 8; n += C::kNarrow ? 4 : 2) {
+      uint32_t b[4];
+      const int chunk = (C::kNarrow ? n / 2 : n) + lane / 16;
+      ldmatrix_x4_trans(b, v_tile + swizzled<C::kChunks>(row, chunk));
+      if constexpr (C::kNarrow) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          uint32_t even[2], odd[2];
+          Dequant<T, typename C::Cache>::run(swap_middle_bytes(b[2 * j]), even[0], odd[0]);
+          Dequant<T, typename C::Cache>::run(swap_middle_bytes(b[2 * j + 1]), even[1], odd[1]);
+          mma_16816<T>(o[n + 2 * j], p[step], even[0], even[1]);
+          mma_16816<T>(o[n + 2 * j + 1], p[step], odd[0], odd[1]);
+        }
+      } else {
+        mma_16816<T>(o[n], p[step], b[0], b[1]);
+        mma_16816<T>(o[n + 1], p[step], b[2], b[3]);
+      }
+    }
+  }
+}
+
+template <typename Cache>
+YOCO_DEVICE bool is_finite(Cache x) {
+  return fabsf(to_float(x)) < INFINITY;
+}
+
+// The product above gives NaN where a key that a row does not see holds NaN or infinity (0 * NaN). Only keys at the
+// edge of somebody's window can do that; if such a tile has one, it goes this way: no product with a key that is not
+// seen.
+template <typename C>
+YOCO_DEVICE bool any_not_finite(const char* v_tile, int first, int lane) {
+  bool found = false;
+  for (int i = lane; i < C::kTeamKeys * C::kChunks; i += 32) {
+    const auto* at = reinterpret_cast<const typename C::Cache*>(
+        v_tile + swizzled<C::kChunks>(first + i / C::kChunks, i % C::kChunks));
+    for (int e = 0; e < kVec<typename C::Cache>; ++e) found |= !is_finite(at[e]);
+  }
+  return __any_sync(0xffffffffu, found);
+}
+template <typename C, typename Sees>
+YOCO_DEVICE void multiply_pv_seen(float (&o)[C::kD / 8][4], const uint32_t (&p)[C::kTeamKeys / 16][4],
+                                  const char* v_tile, int first, int lane, Sees sees) {
+  using T = typename C::T;
+  using Cache = typename C::Cache;
+  constexpr int kPerChunk = kVec<Cache>;
+#pragma unroll
+  for (int step = 0; step < C::kTeamKeys / 16; ++step) {
+    for (int key = 0; key < 16; ++key) {
+      float weight[2];  // of rows g and g + 8; the fragment register and lane that hold this key
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t low = __shfl_sync(0xffffffffu, p[step][h], lane / 4 * 4 + key % 8 / 2);
+        const uint32_t high = __shfl_sync(0xffffffffu, p[step][2 + h], lane / 4 * 4 + key % 8 / 2);
+        const uint32_t both = key < 8 ? low : high;
+        const uint16_t bits = static_cast<uint16_t>(key % 2 == 0 ? both : both >> 16);
+        weight[h] = to_float(*reinterpret_cast<const T*>(&bits));
+      }
+      const int row = first + step * 16 + key;
+#pragma unroll
+      for (int n = 0; n < C::kD / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (!sees(i / 2, step * 16 + key)) continue;
+          const int column = output_column<C::kNarrow>(n, lane, i % 2);
+          const auto* chunk = reinterpret_cast<const Cache*>(v_tile + swizzled<C::kChunks>(row, column / kPerChunk));
+          o[n][i] += weight[i / 2] * to_float(chunk[column % kPerChunk]);
+        }
+      }
+    }
+  }
+}
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads)
+    decode_kernel(const DecodeParams p, const DecodeSegment segment, const DecodePartials partials,
+                  const int64_t row_tiles, const int stages) {
+  using T = typename C::T;
+  using Cache = typename C::Cache;
+  extern __shared__ __align__(128) char shared[];
+  char* const q_shared = shared;
+  char* const ring = shared + C::kQBytes;
+
+  // ---- what this block works on ----
+  const int64_t group = p.heads_q / p.heads_kv, rows = group * p.time_q;
+  const int64_t row_tile = blockIdx.x % row_tiles, item = blockIdx.x / row_tiles;
+  const int64_t kv_head = item % p.heads_kv, b = item / p.heads_kv, split = blockIdx.y;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int team = warp / C::kRowWarps, row_warp = warp % C::kRowWarps;
+  const int64_t first_row = row_tile * C::kRows;
+  DecodeKeys keys(p, segment, b, split, C::kKeys);
+  const int count = static_cast<int>(keys.end - keys.begin);
+  const int tiles = (count + C::kKeys - 1) / C::kKeys;
+
+  TileLoader<C> loader;
+  loader.k = static_cast<const Cache*>(keys.k().data) + kv_head * keys.k().head_stride;
+  loader.v = static_cast<const Cache*>(keys.v().data) + kv_head * keys.v().head_stride;
+  loader.warp_row = warp * C::kLoadRows;
+  loader.lane = lane;
+  loader.k_bytes = static_cast<int>(p.dim_qk * sizeof(Cache));
+  loader.v_bytes = static_cast<int>(p.dim_v * sizeof(Cache));
+
+  // ---- fill the ring, then Q while the copies fly ----
+  int to_copy = 0;  // next tile to copy
+  loader.look_up(keys, keys.begin);
+  const auto copy_next = [&](int slot) {
+    if (to_copy < tiles) {
+      loader.copy(ring + slot * C::kStageBytes);
+      ++to_copy;
+      loader.look_up(keys, keys.begin + int64_t(to_copy) * C::kKeys);
+    }
+    cp_async_commit();  // an empty group keeps the count of groups in step with the tiles
+  };
+  for (int slot = 0; slot < stages - 1; ++slot) copy_next(slot);
+  load_q<C>(q_shared, p, b, kv_head, first_row, rows, group);
+  __syncthreads();
+  uint32_t q[C::kQInRegisters ? C::kD / 16 : 1][4];
+  if constexpr (C::kQInRegisters) {
+#pragma unroll
+    for (int step = 0; step < C::kD / 16; ++step) q_fragment<C>(q[step], q_shared, row_warp * 16, step, lane);
+  }
+
+  // ---- what the two rows of this lane see: keys [low, high), counted from keys.begin ----
+  int low[2], high[2];
+  float slope[2], diagonal[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t r = first_row + row_warp * 16 + lane / 4 + h * 8;
+    const PackedRow row = packed_row(r < rows ? r : 0, group);
+    const KeyRange seen = keys.row_range(row.t);
+    low[h] = static_cast<int>(clamp_index(seen.begin - keys.begin, 0, count));
+    high[h] = static_cast<int>(clamp_index(seen.end - keys.begin, 0, count));
+    const bool biased = p.alibi_slopes != nullptr && !keys.latent;
+    slope[h] =
+        biased ? p.alibi_slopes[b * p.alibi_batch_stride + kv_head * group + row.head] * DecodeLogits::kLog2e : 0.f;
+    diagonal[h] = static_cast<float>(row.t + keys.length - p.time_q - keys.begin);
+  }
+  // Tiles inside [all_low, all_high) are seen by every row: no mask.
+  const int all_low = static_cast<int>(clamp_index(keys.row_range(p.time_q - 1).begin - keys.begin, 0, count));
+  const int all_high = static_cast<int>(clamp_index(keys.row_range(0).end - keys.begin, 0, count));
+  const bool biased = p.alibi_slopes != nullptr && !keys.latent;
+  const float k_scale = p.k_scale != nullptr && !keys.latent ? p.k_scale[kv_head] : 1.f;
+  const float v_scale = p.v_scale != nullptr && !keys.latent ? p.v_scale[kv_head] : 1.f;
+  const DecodeLogits logits{static_cast<float>(p.scale) * k_scale, static_cast<float>(p.softcap)};
+
+  float o[C::kD / 8][4];
+#pragma unroll
+  for (int n = 0; n < C::kD / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) o[n][i] = 0.f;
+  }
+  float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};  // row_sum: of this lane's keys only
+
+  const int team_first = team * C::kTeamKeys;  // the team's keys inside a tile
+  int slot = 0;
+  for (int tile = 0; tile < tiles; ++tile) {
+    // Tile `tile` has landed when at most stages - 2 younger groups are unfinished.
+    if (stages == 2) {
+      cp_async_wait<0>();
+    } else if (stages == 3) {
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<2>();
+    }
+    if constexpr (C::kTeams == C::kWarps) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+    // The slot of the previous tile: everybody in the team is past it.
+    copy_next(slot == 0 ? stages - 1 : slot - 1);
+    const char* k_tile = ring + slot * C::kStageBytes;
+    const char* v_tile = k_tile + C::kTileBytes;
+    slot = slot + 1 == stages ? 0 : slot + 1;
+
+    const int begin = tile * C::kKeys + team_first;
+    if (begin >= count) continue;
+    float s[C::kTeamKeys / 8][4];
+    multiply_qk<C>(s, q, q_shared, row_warp * 16, k_tile, team_first, lane);
+    const bool edge = begin < all_low || begin + C::kTeamKeys > all_high;
+    float tile_max[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < C::kTeamKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = begin + n * 8 + lane % 4 * 2 + i % 2;
+        float x = logits(s[n][i]);
+        if (biased) x -= slope[i / 2] * fabsf(diagonal[i / 2] - key);
+        if (edge && (key < low[i / 2] || key >= high[i / 2])) x = -INFINITY;
+        s[n][i] = x;
+        tile_max[i / 2] = fmaxf(tile_max[i / 2], x);
+      }
+    }
+    float correction[2], offset[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      tile_max[h] = fmaxf(tile_max[h], __shfl_xor_sync(0xffffffffu, tile_max[h], 1));
+      tile_max[h] = fmaxf(tile_max[h], __shfl_xor_sync(0xffffffffu, tile_max[h], 2));
+      const float top = fmaxf(row_max[h], tile_max[h]);
+      offset[h] = top == -INFINITY ? 0.f : top;
+      correction[h] = exp2_approx(row_max[h] - offset[h]);
+      row_max[h] = top;
+      row_sum[h] *= correction[h];
+    }
+    uint32_t weights[C::kTeamKeys / 16][4];
+#pragma unroll
+    for (int n = 0; n < C::kTeamKeys / 8; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float a = exp2_approx(s[n][2 * h] - offset[h]), c = exp2_approx(s[n][2 * h + 1] - offset[h]);
+        row_sum[h] += a + c;
+        weights[n / 2][n % 2 * 2 + h] = pack2<T>(a, c);
+      }
+    }
+    // The maximum settles early in a long cache; then the accumulator stays as it is.
+    if (__any_sync(0xffffffffu, correction[0] != 1.f || correction[1] != 1.f)) {
+#pragma unroll
+      for (int n = 0; n < C::kD / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[n][i] *= correction[i / 2];
+      }
+    }
+    if (edge && any_not_finite<C>(v_tile, team_first, lane)) {
+      multiply_pv_seen<C>(o, weights, v_tile, team_first, lane,
+                          [&](int h, int key) { return begin + key >= low[h] && begin + key < high[h]; });
+    } else {
+      multiply_pv<C>(o, weights, v_tile, team_first, lane);
+    }
+  }
+
+  // ---- merge the teams through shared memory, one warp per row ----
+  cp_async_wait<0>();
+  const bool invalid = __syncthreads_or(keys.invalid);                   // also: nobody reads the ring any more
+  float* const merged = reinterpret_cast<float*>(ring);                  // [kTeams][kRows][kMergeStride]
+  float* const state = merged + C::kTeams * C::kRows * C::kMergeStride;  // [kTeams][kRows][2]
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float sum = row_sum[h];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const int row = team * C::kRows + row_warp * 16 + lane / 4 + h * 8;
+#pragma unroll
+    for (int n = 0; n < C::kD / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        merged[row * C::kMergeStride + output_column<C::kNarrow>(n, lane, e)] = o[n][2 * h + e];
+      }
+    }
+    if (lane % 4 == 0) {
+      state[row * 2] = row_max[h];
+      state[row * 2 + 1] = sum;
+    }
+  }
+  __syncthreads();
+  const int present = static_cast<int>(rows - first_row < C::kRows ? rows - first_row : C::kRows);
+  for (int row = warp; row < present; row += C::kWarps) {
+    float max = -INFINITY, sum = 0.f, factor[C::kTeams];
+#pragma unroll
+    for (int m = 0; m < C::kTeams; ++m) max = fmaxf(max, state[(m * C::kRows + row) * 2]);
+#pragma unroll
+    for (int m = 0; m < C::kTeams; ++m) {
+      const float* of = state + (m * C::kRows + row) * 2;
+      factor[m] = max == -INFINITY ? 0.f : exp2f(of[0] - max);
+      // A team that saw nothing has sum 0; one that saw only NaN has no maximum, and its NaN must not vanish.
+      sum += of[1] == 0.f ? 0.f : of[1] * (max == -INFINITY ? 1.f : factor[m]);
+    }
+    const PackedRow r = packed_row(first_row + row, group);
+    write_decode_row<T>(p, partials, segment.first_slot + split, b, kv_head * group + r.head, r.t, max, sum, v_scale,
+                        invalid, lane, 32, [&](int column) {
+                          float x = 0.f;
+#pragma unroll
+                          for (int m = 0; m < C::kTeams; ++m) {
+                            x += merged[(m * C::kRows + row) * C::kMergeStride + column] * factor[m];
+                          }
+                          return x;
+                        });
+  }
+}
+
+// The number of stages that leaves room for two blocks per SM, or failing that one.
+template <typename C>
+const char* launch_decode_instance(const DecodeParams& p, const DecodePlan& plan, const DecodeSegment& segment,
+                                   const DecodePartials& partials, const Launch& launch) {
+  const int limit = max_shared_memory(launch.device);  // of a block; an SM has 1 KB more per block
+  int stages = C::kMaxStages;
+  while (stages > C::kMinStages && 2 * (C::shared_bytes(stages) + 1024) > limit + 1024) --stages;
+  if (C::shared_bytes(stages) > limit) return "attention_decode: this GPU has too little shared memory per block";
+  const dim3 grid(static_cast<unsigned>(p.batch * p.heads_kv * plan.row_tiles), static_cast<unsigned>(segment.splits));
+  return launch_kernel(decode_kernel<C>, grid, C::kThreads, C::shared_bytes(stages), launch, p, segment, partials,
+                       plan.row_tiles, stages);
+}
+
+template <typename T, int kHeadDim>
+const char* launch_decode(const DecodeParams& p, const DecodePlan& plan, const DecodeSegment& segment,
+                          const DecodePartials& partials, const Launch& launch) {
+  const auto with_cache = [&](auto cache) {
+    using Cache = decltype(cache);
+    return plan.row_warps == 1
+               ? launch_decode_instance<DecodeConfig<T, Cache, kHeadDim, 1>>(p, plan, segment, partials, launch)
+               : launch_decode_instance<DecodeConfig<T, Cache, kHeadDim, 4>>(p, plan, segment, partials, launch);
+  };
+  if (segment.latent || p.cache_dtype == p.dtype) return with_cache(T{});
+  if (p.cache_dtype == DType::kFloat8E4M3) return with_cache(__nv_fp8_e4m3{});
+  if (p.cache_dtype == DType::kInt8) return with_cache(int8_t{});
+  return "attention_decode: the cache must have the dtype of q, float8 e4m3 or int8";
+}
+
+}  // namespace yoco::cuda

@@ -1,0 +1,6 @@
+#include "cuda/decode/decode_kernel.cuh"
+
+namespace yoco::cuda {
+template const char* launch_decode<__half, 64>(const DecodeParams&, const DecodePlan&, const DecodeSegment&,
+                                               const DecodePartials&, const Launch&);
+}  // namespace yoco::cuda

@@ -1,0 +1,132 @@
+// Which keys a decode row sees and where they lie: contiguous, ring or paged cache, or the latent segment. Lengths and
+// page numbers are read on the device, so a captured CUDA graph replays with a growing cache.
+#pragma once
+
+#include "cuda/core/vector.cuh"
+#include "cuda/decode/plan.h"
+
+namespace yoco::cuda {
+
+// The keys of one sequence, one segment and one piece of it.
+struct DecodeKeys {
+  const DecodeParams& p;
+  bool latent;
+  int64_t batch;
+  int64_t length;      // keys of the segment
+  int64_t begin, end;  // of this piece: keys that at least one row may see
+  bool invalid;        // lengths or pages outside the cache: the result is NaN, nothing is read out of range
+
+  YOCO_DEVICE DecodeKeys(const DecodeParams& params, const DecodeSegment& segment, int64_t b, int64_t split,
+                         int64_t tile_keys)
+      : p(params), latent(segment.latent), batch(b), invalid(false) {
+    KeyRange all;
+    if (latent) {
+      length = p.latent_len != nullptr ? clamp_index(p.latent_len[b], 0, p.num_latents) : p.num_latents;
+      all = {0, length};
+    } else {
+      length = p.seqused_k[b];
+      if (length < 0 || (!p.ring && length > p.capacity)) {
+        invalid = true;
+        length = clamp_index(length, 0, p.capacity);
+      }
+      // The first row sees the earliest key, the last row the latest.
+      all.begin = row_range(0).begin;
+      all.end = row_range(p.time_q - 1).end;
+      if (all.end < all.begin) all.end = all.begin;
+      // A ring holds the last `capacity` positions; a window larger than that was overwritten.
+      if (p.ring && all.end - all.begin > p.capacity) {
+        invalid = true;
+        all.begin = all.end - p.capacity;
+      }
+    }
+    const int64_t tiles = (all.end - all.begin + tile_keys - 1) / tile_keys;
+    const KeyRange mine = split_tiles(tiles, segment.splits, segment.min_tiles, split);
+    begin = all.begin + mine.begin * tile_keys;
+    end = all.begin + mine.end * tile_keys;
+    if (end > all.end) end = all.end;
+    if (begin > end) begin = end;
+  }
+
+  // Keys that query token t sees, as positions in the segment.
+  YOCO_DEVICE KeyRange row_range(int64_t t) const {
+    if (latent) return {0, length};
+    return window_range(p.mask.window_left, p.mask.window_right, t, p.time_q, length);
+  }
+
+  YOCO_DEVICE const View& k() const { return latent ? p.latent_k : p.k_cache; }
+  YOCO_DEVICE const View& v() const { return latent ? p.latent_v : p.v_cache; }
+
+  // Offsets (elements, head 0) of the rows of key `position`; k < 0: there is no such row.
+  struct Offsets {
+    int64_t k, v;
+  };
+  YOCO_DEVICE Offsets locate(int64_t position) {
+    if (position >= end) return {-1, -1};
+    int64_t outer = batch;
+    // Positions and capacities are below 2^31: 32-bit divisions.
+    uint32_t slot = static_cast<uint32_t>(position);
+    if (!latent) {
+      if (p.ring) slot %= static_cast<uint32_t>(p.capacity);
+      if (p.block_table != nullptr) {
+        const uint32_t entry = slot / static_cast<uint32_t>(p.page_size);
+        slot -= entry * static_cast<uint32_t>(p.page_size);
+        outer = __ldg(p.block_table + batch * p.max_pages + entry);
+        if (outer < 0 || outer >= p.num_pages) {
+          invalid = true;
+          return {-1, -1};
+        }
+      }
+    }
+    return {outer * k().batch_stride + slot * k().time_stride, outer * v().batch_stride + slot * v().time_stride};
+  }
+};
+
+// Logits become base-2 exponents: softcap, then alibi (main segment), then log2(e).
+struct DecodeLogits {
+  static constexpr float kLog2e = 1.4426950408889634f;
+  float scale;    // of q k^T
+  float softcap;  // 0: none
+  YOCO_DEVICE float operator()(float s) const {
+    s *= scale;
+    if (softcap > 0.f) {
+      // tanh(x) = 1 - 2 / (1 + e^2x); saturates correctly on both sides
+      const float e = __expf(2.f * s / softcap);
+      s = softcap * (1.f - __fdividef(2.f, 1.f + e));
+    }
+    return s * kLog2e;
+  }
+};
+
+// Finishes one row that a block has reduced: `sum` = sum of 2^(s - max). Lane-parallel over the columns; get(column) is
+// the unnormalised output.
+template <typename T, typename Get>
+YOCO_DEVICE void write_decode_row(const DecodeParams& p, const DecodePartials& partials, int64_t slot, int64_t b,
+                                  int64_t head, int64_t t, float max, float sum, float value_scale, bool invalid,
+                                  int lane, int lanes, Get get) {
+  constexpr float kLn2 = 0.6931471805599453f;
+  const int64_t row = (b * p.heads_q + head) * p.time_q + t;
+  const int dim_v = static_cast<int>(p.dim_v);
+  if (partials.slots > 1) {
+    const int64_t rows = p.batch * p.heads_q * p.time_q;
+    const float inverse = sum == 0.f ? 0.f : value_scale / sum;
+    float* out = partials.out + (slot * rows + row) * p.dim_v;
+    for (int c = lane; c < dim_v; c += lanes) out[c] = invalid ? NAN : get(c) * inverse;
+    if (lane == 0) partials.lse[slot * rows + row] = invalid ? NAN : sum == 0.f ? -INFINITY : max + log2f(sum);
+    return;
+  }
+  const float sink = p.sinks != nullptr ? p.sinks[head] * DecodeLogits::kLog2e : -INFINITY;
+  const float top = fmaxf(max, sink);
+  if (sink != -INFINITY && top != -INFINITY) {
+    value_scale *= exp2f(max - top);
+    sum = sum * exp2f(max - top) + exp2f(sink - top);
+    max = top;
+  }
+  const float inverse = sum == 0.f ? 0.f : value_scale / sum;
+  T* out = static_cast<T*>(p.out.data) + b * p.out.batch_stride + t * p.out.time_stride + head * p.out.head_stride;
+  for (int c = lane; c < dim_v; c += lanes) out[c] = from_float<T>(invalid ? NAN : get(c) * inverse);
+  if (lane == 0) {
+    static_cast<float*>(p.lse)[row] = invalid ? NAN : sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
+  }
+}
+
+}  // namespace yoco::cuda

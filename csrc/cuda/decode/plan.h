@@ -1,0 +1,80 @@
+// What the host decides about one decode call, and what the kernels need besides DecodeParams.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/core/launch.h"
+#include "cuda/core/split.h"
+
+namespace yoco::cuda {
+
+// One launch of a decode kernel: one segment (the cache or the latents) cut into `splits` pieces.
+struct DecodeSegment {
+  bool latent;
+  int64_t splits, min_tiles;
+  int64_t first_slot;  // where its partial results go
+};
+
+// Partial results of all pieces: normalised output and base-2 log-sum-exp of each piece, float32.
+struct DecodePartials {
+  int64_t slots;  // pieces of both segments; 1: the kernel writes the final result itself
+  float* out;     // [slots, batch, heads_q, time_q, dim_v]
+  float* lse;     // [slots, batch, heads_q, time_q]
+};
+
+struct DecodePlan {
+  bool tensor_cores;  // else the simple kernel: float32, or rows that 16-byte copies cannot reach
+  int head_dim;       // instance: 64, 128, 256
+  int row_warps;      // 1: up to 16 packed rows in a tile; 4: 64
+  int64_t row_tiles;
+  DecodeSegment cache, latents;  // latents.splits == 0: absent
+  int64_t slots;
+};
+
+// Keys that a block takes in at a time; the unit of a split.
+constexpr int64_t decode_tile_keys(int head_dim) { return head_dim <= 128 ? 64 : 32; }
+
+inline bool decode_fits_tensor_cores(const DecodeParams& p) {
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return false;
+  const size_t cache = element_size(p.cache_dtype);
+  return p.dim_qk % 8 == 0 && p.dim_v % 8 == 0 && aligned(p.q, 2, 16) && aligned(p.k_cache, cache, 16) &&
+         aligned(p.v_cache, cache, 16) && aligned(p.latent_k, 2, 16) && aligned(p.latent_v, 2, 16);
+}
+
+inline DecodePlan plan_decode(const DecodeParams& p, int sms) {
+  DecodePlan plan{};
+  const int64_t rows = p.heads_q / p.heads_kv * p.time_q;
+  const int64_t dim = std::max(p.dim_qk, p.dim_v);
+  plan.tensor_cores = decode_fits_tensor_cores(p);
+  plan.head_dim = dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+  plan.row_warps = rows <= 16 ? 1 : 4;
+  plan.row_tiles = ceil_div(rows, plan.tensor_cores ? 16 * plan.row_warps : 1);
+  const int64_t tile = decode_tile_keys(plan.head_dim);
+  // Two blocks are resident per SM; a piece of 256 keys still hides its prologue behind its neighbour's stream.
+  const int64_t resident = 2 * std::max(sms, 1), min_tiles = 256 / tile;
+  const int64_t items = p.heads_kv * plan.row_tiles;
+  int64_t splits = decode_splits(ceil_div(p.capacity, tile), items, resident, min_tiles);
+  // A window bounds the visible keys whatever the length.
+  if (p.mask.window_left >= 0) {
+    const int64_t visible = p.mask.window_left + p.time_q;
+    splits = std::min(splits, decode_splits(ceil_div(visible, tile), items, resident, min_tiles));
+  }
+  const bool chosen = p.num_splits > 0;
+  plan.cache = {false, chosen ? std::min<int64_t>(p.num_splits, 1024) : splits, chosen ? 1 : min_tiles, 0};
+  plan.latents = {true, 0, min_tiles, plan.cache.splits};
+  if (p.latent_k.data != nullptr && p.num_latents > 0) {
+    plan.latents.splits = decode_splits(ceil_div(p.num_latents, tile), items, resident, min_tiles);
+  }
+  plan.slots = plan.cache.splits + plan.latents.splits;
+  return plan;
+}
+
+// Launches an instance; decode/instances/*.cu define these, one file per dtype and head dim.
+template <typename T, int kHeadDim>
+const char* launch_decode(const DecodeParams& p, const DecodePlan& plan, const DecodeSegment& segment,
+                          const DecodePartials& partials, const Launch& launch);
+// The kernel without tensor cores: any dtype, any alignment, head dims up to 256.
+const char* launch_decode_simple(const DecodeParams& p, const DecodePlan& plan, const DecodeSegment& segment,
+                                 const DecodePartials& partials, const Launch& launch);
+
+}  // namespace yoco::cuda
