@@ -75,7 +75,7 @@ YOCO_INLINE To bit_cast(const From& from) {
 
 template <class C>
 YOCO_INLINE Vec<C> splat(C x) {
-  return Vec<C>{} + x;
+  return x - Vec<C>{};  // x - 0 is x for every x, so nothing is left of it; 0 + x would turn -0 into 0
 }
 
 // ---- scalar conversions ----------------------------------------------------------------------------
