@@ -1,6 +1,5 @@
 // Attention forward: one pass over the visible key tiles per block of rows, online softmax in float32.
 
-
 #include "attention_tile.h"
 
 namespace yoco::cpu::YOCO_ISA {
@@ -74,10 +73,10 @@ class Forward {
 
   void run(const Rows& rows, char* scratch) const {
     const Sequence& s = kv_.sequence(rows.sequence);
-    Op* q = reinterpret_cast<Op*>(scratch);                  // [kRows, depth]
-    Op* probabilities = q + kRows * depth_;                  // [kRows, kKeys]
+    Op* q = reinterpret_cast<Op*>(scratch);                           // [kRows, depth]
+    Op* probabilities = q + kRows * depth_;                           // [kRows, kKeys]
     C* scores = reinterpret_cast<C*>(probabilities + kRows * kKeys);  // [kRows, kKeys]
-    C* out = scores + kRows * kKeys;                         // [kRows, cols]
+    C* out = scores + kRows * kKeys;                                  // [kRows, cols]
     for (int64_t r = 0; r < rows.count; ++r) {
       pack_row(query<const T>(p_.q, s, rows, r), p_.dim_qk, depth_, q + r * depth_);
     }
@@ -116,8 +115,8 @@ class Forward {
       if (cover == Intervals::kNone) continue;
       const int64_t index = kv_.block_index(segment, t.rows.kv_head, k0 / kKeys);
       const int64_t columns = std::min(kKeys, round_up(seen.high - k0, 2 * kMatrixCols));
-      gemm<Op>(t.rows.count, columns, depth_, t.q, depth_, kv_.data(index, Packed::kKeyColumns), kKeys, t.scores,
-               kKeys, false);
+      gemm<Op>(t.rows.count, columns, depth_, t.q, depth_, kv_.data(index, Packed::kKeyColumns), kKeys, t.scores, kKeys,
+               false);
       if (transform_) transform_scores(p_, t.s, t.rows, group_, latent, k0, t.scores);
       if (cover == Intervals::kPart) {
         for (int64_t r = 0; r < t.rows.count; ++r) {

@@ -308,15 +308,15 @@ inline bool needs_transform(const AttentionParams& p) {
 
 // Rows of no sequence (behind the last boundary of packed sequences).
 inline int64_t rows_in_sequences(const AttentionParams& p) {
-  return p.cu_seqlens_q == nullptr ? p.time_q
-                                   : clamp_index(p.cu_seqlens_q[p.num_sequences], 0, p.time_q);
+  return p.cu_seqlens_q == nullptr ? p.time_q : clamp_index(p.cu_seqlens_q[p.num_sequences], 0, p.time_q);
 }
 
 template <class T>
 void zero_rows(const View& view, int64_t batch, int64_t heads, int64_t dim, int64_t begin, int64_t end) {
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t t = begin; t < end; ++t) {
-      for (int64_t h = 0; h < heads; ++h) std::memset(static_cast<void*>(at_mutable<T>(view, b, t, h)), 0, dim * sizeof(T));
+      for (int64_t h = 0; h < heads; ++h)
+        std::memset(static_cast<void*>(at_mutable<T>(view, b, t, h)), 0, dim * sizeof(T));
     }
   }
 }
