@@ -29,6 +29,10 @@ _HOMES = {
         ),
         "ops",
     ),
+    "YOCOConfig": "config",
+    "YOCOForCausalLM": "model",
+    "YOCOCache": "cache",
+    "generate": "generation",
 }
 
 __all__ = [*_HOMES, "__version__"]

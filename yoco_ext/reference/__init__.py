@@ -3,12 +3,13 @@
 They are the oracle of the tests and the engine of the reference model; nothing falls back to them silently.
 """
 
-from yoco_ext.reference.attention import attention, cross_attention, sliding_window_attention
+from yoco_ext.reference.attention import SharedKV, attention, cross_attention, sliding_window_attention
 from yoco_ext.reference.decode import append_kv, attention_decode
 from yoco_ext.reference.pointwise import retention_output, rms_norm, rotary, swiglu
 from yoco_ext.reference.retention import gated_retention, gated_retention_step
 
 __all__ = [
+    "SharedKV",
     "append_kv",
     "attention",
     "attention_decode",

@@ -7,7 +7,8 @@ O(time_q * time_k): this is what the fused kernels are checked against, not what
 from __future__ import annotations
 
 import itertools
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +16,19 @@ from torch import Tensor
 from yoco_ext import _checks
 
 
-class KeysAndValues(Protocol):
-    """What cross_attention needs of a SharedKV."""
+@dataclass
+class SharedKV:
+    """The same for plain PyTorch: autograd itself adds up the gradients of the layers."""
 
     k: Tensor
     v: Tensor
+    cu_seqlens: Tensor | None = None
+    seqused_k: Tensor | None = None
 
     def options(self) -> dict[str, Tensor]:
-        """Its cu_seqlens and seqused_k as options of attention."""
-        ...
+        """What every attention over this K/V is told about it."""
+        found = {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens, "seqused_k": self.seqused_k}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def _boundaries(argument: str, cu_seqlens: Tensor, time: int) -> list[int]:
@@ -185,6 +190,6 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, window: tuple[int,
     return attention(q, k, v, window=window, **options)
 
 
-def cross_attention(q: Tensor, shared_kv: KeysAndValues, **options: Any) -> Any:
+def cross_attention(q: Tensor, shared_kv: SharedKV, **options: Any) -> Any:
     """attention over the one K/V that all layers of the cross-decoder share."""
     return attention(q, shared_kv.k, shared_kv.v, **{**shared_kv.options(), **options})

@@ -1,0 +1,74 @@
+"""Gated retention: linear attention with one data-dependent decay per head and token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .basic import DECODE_TOKENS, Layer, RotaryEmbedding
+
+
+class GatedRetention(Layer):
+    """S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t; then per-head RMSNorm, output gate, projection."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        gate_logit_normalizer: float = 16.0,
+        rope: str = "official",
+        rope_theta: float = 10_000.0,
+        norm_eps: float = 1e-5,
+        ops: str = "fused",
+    ) -> None:
+        super().__init__(ops)
+        self.num_heads = num_heads
+        self.gate_logit_normalizer = gate_logit_normalizer
+        self.norm_eps = norm_eps
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.g_proj = nn.Linear(hidden_size, hidden_size, bias=False)  # output gate
+        self.gt_proj = nn.Linear(hidden_size, num_heads, bias=False)  # decay
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.rotary = RotaryEmbedding(hidden_size // num_heads, style=rope, theta=rope_theta, ops=ops)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gt_proj):
+            nn.init.xavier_uniform_(linear.weight, gain=2**-2.5)
+        nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: Tensor | None = None,
+        offsets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, T, hidden]; packed sequences: B = 1 and cu_seqlens int32 [N + 1].
+
+        state [N, heads, Dk, Dv] (float32) is what came before, and is updated in place (inference only); offsets
+        int32 [N] is how many tokens that was.
+        """
+        heads = (*x.shape[:2], self.num_heads, -1)
+        q = self.rotary(self.q_proj(x).view(heads), offsets=offsets, cu_seqlens=cu_seqlens)
+        k = self.rotary(self.k_proj(x).view(heads), offsets=offsets, cu_seqlens=cu_seqlens)
+        v = self.v_proj(x).view(heads)
+        # The log decay keeps float32: rounded to bfloat16 it drifts within a few thousand tokens.
+        gt = self.gt_proj(x)
+        g = F.logsigmoid(gt.to(torch.promote_types(gt.dtype, torch.float32))) / self.gate_logit_normalizer
+        if state is None:
+            o = self.ops.gated_retention(q, k, v, g, cu_seqlens=cu_seqlens)
+        elif cu_seqlens is None and x.shape[1] <= DECODE_TOKENS:
+            o = self.ops.gated_retention_step(q, k, v, g, state)
+        else:
+            o, final_state = self.ops.gated_retention(
+                q, k, v, g, initial_state=state, return_final_state=True, cu_seqlens=cu_seqlens
+            )
+            state.copy_(final_state)
+        y = self.ops.retention_output(o, self.g_proj(x).view(heads), eps=self.norm_eps)
+        return self.out_proj(y.flatten(2))
