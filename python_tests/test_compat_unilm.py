@@ -1,0 +1,177 @@
+"""compat.unilm: the official functions against the mathematics, and model files that import them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from yoco_ext.compat import unilm
+
+
+def recurrence(q, k, v, g, state=None):
+    """float64, one token after the other; the official convention: the state holds k * dim_k^-0.5."""
+    q, k, v, g = (x.double() for x in (q, k, v, g))
+    k = k * q.shape[-1] ** -0.5
+    state = (
+        torch.zeros(*q.shape[:2], q.shape[-1], v.shape[-1], dtype=torch.float64) if state is None else state.double()
+    )
+    outputs = []
+    for t in range(q.shape[2]):
+        state = g[:, :, t, None, None].exp() * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t], state))
+    return torch.stack(outputs, 2), state
+
+
+def inputs(time, dim_v=24, grad=False):
+    """Transposed views of [B, T, H, D], as the official layers pass them."""
+    q, k = (torch.randn(2, time, 3, 16).transpose(1, 2) for _ in range(2))
+    v = torch.randn(2, time, 3, dim_v).transpose(1, 2)
+    g = torch.nn.functional.logsigmoid(torch.randn(2, time, 3)).div(4).transpose(1, 2)
+    return [x.requires_grad_(grad) for x in (q, k, v, g)]
+
+
+@pytest.mark.parametrize("time", [1, 37, 256])
+def test_retention_functions_agree_with_the_recurrence(time):
+    q, k, v, g = inputs(time)
+    last = torch.randn(2, 3, 16, 24)
+    expected, _ = recurrence(q, k, v, g, last)
+    torch.testing.assert_close(
+        unilm.chunk_gate_retention(q, k, v, g, 64, last).double(), expected, atol=2e-5, rtol=1e-4
+    )
+    expected, _ = recurrence(q, k, v, g)
+    for function in (unilm.parallel_gate_retention, unilm.hier_chunk_gate_retention):
+        torch.testing.assert_close(function(q, k, v, g).double(), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_gradients_reach_every_input():
+    arguments = [*inputs(50, grad=True), torch.randn(2, 3, 16, 24, requires_grad=True)]
+    q, k, v, g, last = arguments
+    d_out = torch.randn(2, 3, 50, 24)
+    ours = torch.autograd.grad(unilm.chunk_gate_retention(q, k, v, g, 64, last), arguments, d_out)
+    theirs = torch.autograd.grad(recurrence(q, k, v, g, last)[0], arguments, d_out.double())
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.double(), b.double(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_recurrent_steps_continue_a_prefill_and_leave_the_inputs_alone(steps):
+    q, k, v, g = inputs(30 + steps)
+    _, state = recurrence(*(x[:, :, :30] for x in (q, k, v, g)))
+    expected, final = recurrence(q, k, v, g)
+    memory = {"last_hidden_state": state.float()}
+    tail = [x[:, :, 30:] for x in (q, k, v, g)]
+    before = [x.clone() for x in tail]
+    out = unilm.recurrent_gate_retention(*tail, memory)
+    torch.testing.assert_close(out.double(), expected[:, :, 30:], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(memory["last_hidden_state"].double(), final, atol=2e-5, rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(tail, before))
+
+
+def test_chunk_pieces_add_up():
+    q, k, v, g = inputs(64)
+    split = [x.unflatten(2, (4, 16)) for x in (q, k * 16**-0.5, v)]
+    sums = g.unflatten(2, (4, 16)).cumsum(-1)
+    out = unilm.cross_chunk(*split, sums) + unilm.inner_chunk(*split, sums)
+    torch.testing.assert_close(out.flatten(2, 3).double(), recurrence(q, k, v, g)[0], atol=2e-5, rtol=1e-4)
+
+
+def test_chunk_states_are_differentiable_in_all_three_arguments():
+    kv = torch.randn(1, 2, 3, 4, 5, dtype=torch.float32, requires_grad=True)
+    decay = torch.rand(1, 2, 3, requires_grad=True)
+    last = torch.randn(1, 2, 4, 5, requires_grad=True)
+    states = unilm.chunk_gate_recurrent(kv, decay, last)
+    assert torch.equal(states[:, :, 0], last)
+    torch.testing.assert_close(states[:, :, 1], last * decay[:, :, 0, None, None] + kv[:, :, 0])
+    assert all(x is not None for x in torch.autograd.grad(states.square().sum(), (kv, decay, last)))
+
+
+def test_float32_state_beats_official_rounding():
+    q, k, v, g = (x.bfloat16() for x in inputs(600))
+    g = g / 16
+    expected, _ = recurrence(q, k, v, g)
+    errors = {}
+    for parity in ("float32", "official"):
+        with unilm.installed("no.such.package", parity=parity):
+            memory: dict = {}
+            parts = [
+                unilm.recurrent_gate_retention(*(x[:, :, t : t + 1] for x in (q, k, v, g)), memory) for t in range(600)
+            ]
+        errors[parity] = (torch.cat(parts, 2).double() - expected).norm() / expected.norm()
+    assert errors["float32"] < 0.005 < errors["official"]
+
+
+OFFICIAL_STYLE = {
+    "__init__.py": "",
+    "kernel/__init__.py": "",
+    "kernel/gate_recurrent.py": "raise ImportError('needs triton')",
+    "kernel/rotary.py": "raise ImportError('needs triton')",
+    "kernel/swiglu.py": "raise ImportError('needs a GPU')",
+    "rms_norm.py": "class RMSNorm: original = True",
+    "layer.py": """
+        from fairseq.model_parallel.megatron.mpu import ColumnParallelLinear
+        from fairscale.nn import checkpoint_wrapper
+        from flash_attn import flash_attn_func
+        from .rms_norm import RMSNorm
+        from .kernel.gate_recurrent import chunk_gate_retention, recurrent_gate_retention
+        from .kernel.rotary import apply_rotary_emb
+        from .kernel.swiglu import swiglu
+    """,
+}
+
+
+def test_install_serves_model_files_that_import_the_official_names(tmp_path, monkeypatch):
+    package = tmp_path / "official_decoder"
+    for name, text in OFFICIAL_STYLE.items():
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rms_norm = importlib.import_module("official_decoder.rms_norm")  # imported before install: patched
+    original = rms_norm.RMSNorm
+    with unilm.installed("official_decoder", stub_parallel=True):
+        layer = importlib.import_module("official_decoder.layer")
+        assert layer.chunk_gate_retention is unilm.chunk_gate_retention
+        assert layer.swiglu is unilm.swiglu and layer.apply_rotary_emb is unilm.apply_rotary_emb
+        assert layer.flash_attn_func is unilm.flash_attn_func
+        assert layer.RMSNorm is unilm.RMSNorm is rms_norm.RMSNorm
+        assert layer.ColumnParallelLinear(4, 6, bias=False, gather_output=False)(torch.zeros(2, 4)).shape == (2, 6)
+    assert rms_norm.RMSNorm is original
+    assert "fairseq" not in sys.modules and "official_decoder.kernel.swiglu" not in sys.modules
+    for name in [n for n in sys.modules if n.startswith("official_decoder")]:
+        del sys.modules[name]
+
+
+@pytest.mark.skipif(
+    "UNILM_YOCO" not in os.environ, reason="UNILM_YOCO names no checkout of the official YOCO/yoco folder"
+)
+@pytest.mark.parametrize("window", [None, 8])
+def test_official_model_files_run_unchanged(monkeypatch, window):
+    """Forward, gradients, prefill and decode of the official model on the CPU."""
+    import types
+
+    folder = os.path.join(os.environ["UNILM_YOCO"], "models", "decoder")
+    package = types.ModuleType("official_yoco")
+    package.__path__ = [folder]
+    monkeypatch.setitem(sys.modules, "official_yoco", package)
+    with unilm.installed("official_yoco", stub_parallel=True):
+        yoco = importlib.import_module("official_yoco.yoco")
+        arguments = yoco.YOCOArgs(64, 4, 128, 2, 4, 2, 100, max_batch_size=2, max_seq_len=64, sliding_window=window)
+        model = yoco.YOCO(arguments)
+        tokens = torch.randint(100, (2, 20))
+        logits, _ = model(tokens, is_prefilling=False)
+        logits.square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        with torch.no_grad():
+            memory: dict = {}
+            first, _ = model(tokens[:, :12], incremental_state=memory, is_prefilling=True)
+            torch.testing.assert_close(first, logits[:, :12], atol=1e-4, rtol=1e-4)
+            for t in range(12, 20):
+                step, _ = model(tokens[:, t : t + 1], start_pos=t, incremental_state=memory, is_prefilling=False)
+                torch.testing.assert_close(step[:, 0], logits[:, t], atol=1e-4, rtol=1e-4)
+    for name in [n for n in sys.modules if n.startswith("official_yoco.")]:
+        del sys.modules[name]
