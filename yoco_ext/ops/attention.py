@@ -8,12 +8,22 @@ import torch
 from torch import Tensor
 
 from yoco_ext import _checks
-from yoco_ext.ops._common import NAMESPACE, accumulator_dtype, autocast, no_second_derivative, ops
+from yoco_ext.ops._common import (
+    NAMESPACE,
+    accumulator_dtype,
+    autocast,
+    call,
+    needs_gradient,
+    no_second_derivative,
+    ops,
+    register_gradient,
+)
 from yoco_ext.ops.shared_kv import SharedKV
 
-# Places of the differentiable inputs among the arguments of the op, and the bits of `grads` in csrc/torch/schemas.h.
+# Places among the arguments of the op (csrc/torch/schemas.h) and the bits of `grads` there.
 _Q, _K, _V, _SINKS, _LATENT_K, _LATENT_V = 0, 1, 2, 3, 9, 10
-_INPUTS = 19  # arguments up to softcap, shared by forward and backward
+_TENSORS = 13  # q ... latent_end
+_INPUTS = 19  # up to softcap, shared by forward and backward
 _TOKEN_K, _TOKEN_V = 20, 21
 _GRAD_Q, _GRAD_KV, _GRAD_LATENTS, _GRAD_SINKS = 1, 2, 4, 8
 
@@ -134,7 +144,7 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 [N + 1], boundaries of N packed sequences (then B = 1). Rows of no sequence
             give 0 (lse -inf). max_seqlen_q, max_seqlen_k: upper bounds of the lengths, save work when given.
         seqused_k: int32 [sequences], keys really there; the rest is never read.
-        prefix_len: int32 [B, Tq]: row i sees keys 0 .. prefix_len_i - 1 of its sequence. Replaces causal; no window then.
+        prefix_len: int32 [B, Tq]: row i sees keys 0 .. prefix_len_i - 1. Replaces causal, no window then.
         latents: (k, v), a second segment [B or 1, N, Hkv, D] under the same softmax, never causal; row i sees
             latent_begin_i .. latent_end_i - 1 (int32 [B, Tq]; default all). Differentiable.
         return_lse: also return the log-sum-exp, natural logarithm, float32 (float64 for float64) [B, Hq, Tq]. A row
@@ -145,29 +155,30 @@ def attention(
         ValueError: an argument has a wrong shape, dtype, device or value.
         RuntimeError: contents of an index tensor out of range (CPU tensors), or not supported by this back end.
     """
-    out, lse = ops.attention(
-        *_arguments(
-            q,
-            k,
-            v,
-            scale,
-            causal,
-            window,
-            softcap,
-            sinks,
-            alibi_slopes,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            seqused_k,
-            prefix_len,
-            latents,
-            latent_begin,
-            latent_end,
-            deterministic,
-        )
+    arguments = _arguments(
+        q,
+        k,
+        v,
+        scale,
+        causal,
+        window,
+        softcap,
+        sinks,
+        alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_k,
+        prefix_len,
+        latents,
+        latent_begin,
+        latent_end,
+        deterministic,
     )
+    latent_k, latent_v = (None, None) if latents is None else latents
+    recorded = needs_gradient(q, k, v, sinks, latent_k, latent_v)
+    out, lse = call(ops.attention.default, recorded, *arguments)
     return (out, lse) if return_lse else out
 
 
@@ -188,53 +199,43 @@ def cross_attention(q: Tensor, shared_kv: SharedKV, *, return_lse: bool = False,
     arguments = _arguments(q, shared_kv.k, shared_kv.v, **{**shared_kv.options(), **options})
     tokens = shared_kv.tokens if torch.is_grad_enabled() else None
     if tokens is None:
-        out, lse = ops.attention(*arguments)
+        out, lse = ops.attention.default(*arguments)
     else:
         # K and V go in without their graph: their gradient comes back through the tokens alone.
         q, k, v, *rest = arguments
-        out, lse, *following = ops.shared_attention(q, k.detach(), v.detach(), *rest, *tokens)
+        out, lse, *following = ops.shared_attention.default(q, k.detach(), v.detach(), *rest, *tokens)
         shared_kv.advance(tokens, following)
     return (out, lse) if return_lse else out
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = inputs[:13]  # q ... latent_end: tensors or None
-    ctx.save_for_backward(output[0], output[1], *tensors)
-    ctx.numbers = inputs[13:_INPUTS]
+    ctx.save_for_backward(output[0], output[1], *inputs[:_TENSORS])
+    ctx.numbers = inputs[_TENSORS:_INPUTS]
     ctx.deterministic = inputs[_INPUTS]
     # Undefined gradients stay None: no zeros are made for an lse nobody used.
     ctx.set_materialize_grads(False)
 
 
-def _grads(ctx: Any) -> int:
-    """Only what somebody asked for."""
-    need = ctx.needs_input_grad
-    return (
-        _GRAD_Q * need[_Q]
-        | _GRAD_KV * (need[_K] or need[_V])
-        | _GRAD_LATENTS * (need[_LATENT_K] or need[_LATENT_V])
-        | _GRAD_SINKS * need[_SINKS]
-    )
-
-
-def _places(ctx: Any, total: int, found: dict[int, Tensor | None]) -> tuple[Tensor | None, ...]:
-    """One gradient per input of the op, None where none is needed."""
-    need = ctx.needs_input_grad
-    return tuple(found.get(i) if need[i] else None for i in range(total))
-
-
 def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    total = _INPUTS + 1
+    _, q, k, v, sinks, latent_k, latent_v = ctx.needs_input_grad
     if d_out is None and d_lse is None:
-        return (None,) * total
+        return (None,) * 6
+    # Only what somebody asked for.
+    grads = _GRAD_Q * q | _GRAD_KV * (k or v) | _GRAD_LATENTS * (latent_k or latent_v) | _GRAD_SINKS * sinks
     out, lse, *tensors = ctx.saved_tensors
-    d_out = torch.zeros_like(out) if d_out is None else d_out
     dq, dk, dv, d_latent_k, d_latent_v, d_sinks = ops.attention_backward(
-        d_out, d_lse, out, lse, *tensors, *ctx.numbers, _grads(ctx), ctx.deterministic
+        torch.zeros_like(out) if d_out is None else d_out,
+        d_lse,
+        out,
+        lse,
+        *tensors,
+        *ctx.numbers,
+        grads,
+        ctx.deterministic,
     )
-    found = {_Q: dq, _K: dk, _V: dv, _SINKS: d_sinks, _LATENT_K: d_latent_k, _LATENT_V: d_latent_v}
-    return _places(ctx, total, found)
+    found = (dq, dk, dv, d_sinks, d_latent_k, d_latent_v)
+    return tuple(d if need else None for d, need in zip(found, (q, k, v, sinks, latent_k, latent_v)))
 
 
 def _shared_backward(
@@ -246,27 +247,36 @@ def _shared_backward(
             "cross_attention over a SharedKV does not support create_graph=True: its backward accumulates in place "
             "(yoco_ext has first derivatives only; yoco_ext.reference differentiates twice)"
         )
-    total = _TOKEN_V + 1
+    _, q, sinks, latent_k, latent_v, _, _ = ctx.needs_input_grad
     if d_out is None and d_lse is None:
-        return _places(ctx, total, {_TOKEN_K: dk, _TOKEN_V: dv})
+        return None, None, None, None, dk, dv
+    grads = _GRAD_Q * q | _GRAD_KV | _GRAD_LATENTS * (latent_k or latent_v) | _GRAD_SINKS * sinks
     out, lse, *tensors = ctx.saved_tensors
-    d_out = torch.zeros_like(out) if d_out is None else d_out
     accumulators = []
     for gradient, like in ((dk, tensors[_K]), (dv, tensors[_V])):
         if gradient is None:
             gradient = torch.zeros(like.shape, dtype=accumulator_dtype(like), device=like.device)
         accumulators.append(gradient.contiguous())
     dq, d_latent_k, d_latent_v, d_sinks = ops.attention_backward_accumulate(
-        d_out, d_lse, out, lse, *tensors, *ctx.numbers, _grads(ctx) | _GRAD_KV, ctx.deterministic, *accumulators
+        torch.zeros_like(out) if d_out is None else d_out,
+        d_lse,
+        out,
+        lse,
+        *tensors,
+        *ctx.numbers,
+        grads,
+        ctx.deterministic,
+        *accumulators,
     )
-    found = {_Q: dq, _SINKS: d_sinks, _LATENT_K: d_latent_k, _LATENT_V: d_latent_v}
-    found |= {_TOKEN_K: accumulators[0], _TOKEN_V: accumulators[1]}
-    return _places(ctx, total, found)
+    found = (dq, d_sinks, d_latent_k, d_latent_v)
+    return (*(d if need else None for d, need in zip(found, (q, sinks, latent_k, latent_v))), *accumulators)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"{NAMESPACE}::shared_attention", _shared_backward, setup_context=_setup_context)
-no_second_derivative("attention_backward")
+register_gradient("attention", (_Q, _K, _V, _SINKS, _LATENT_K, _LATENT_V), _setup_context, _backward)
+register_gradient(
+    "shared_attention", (_Q, _SINKS, _LATENT_K, _LATENT_V, _TOKEN_K, _TOKEN_V), _setup_context, _shared_backward
+)
+no_second_derivative(attention_backward=4 + _TENSORS)
 
 
 # ---- fake (Meta) implementations -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from yoco_ext import _checks
-from yoco_ext.ops._common import NAMESPACE, accumulator_dtype, autocast, ops
+from yoco_ext.ops._common import NAMESPACE, accumulator_dtype, autocast, call, ops
 
 
 def attention_decode(
@@ -77,7 +77,9 @@ def attention_decode(
         ring=ring,
         num_splits=num_splits,
     )
-    out, lse = ops.attention_decode(
+    out, lse = call(
+        ops.attention_decode.default,
+        False,
         q,
         k_cache,
         v_cache,
@@ -145,8 +147,21 @@ def append_kv(
         inv_freq=inv_freq,
         ring=ring,
     )
-    ops.append_kv(
-        k, v, k_cache, v_cache, seqused_k, block_table, cu_seqlens, k_scale, v_scale, inv_freq, interleaved, ring
+    call(
+        ops.append_kv.default,
+        False,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        seqused_k,
+        block_table,
+        cu_seqlens,
+        k_scale,
+        v_scale,
+        inv_freq,
+        interleaved,
+        ring,
     )
 
 

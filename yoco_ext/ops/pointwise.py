@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from yoco_ext import _checks
-from yoco_ext.ops._common import NAMESPACE, accumulator_dtype, autocast, no_second_derivative, ops
+from yoco_ext.ops._common import (
+    NAMESPACE,
+    accumulator_dtype,
+    autocast,
+    call,
+    needs_gradient,
+    no_second_derivative,
+    ops,
+    register_gradient,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5, residual: Tensor | None = None) -> Any:
@@ -19,7 +28,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5, resi
     Differentiable in x, weight and residual. Raises ValueError for wrong shapes, dtypes or devices.
     """
     _checks.rms_norm(x, weight, eps, residual)
-    y, residual_out, _ = ops.rms_norm(x, None if weight is None else weight.contiguous(), residual, eps)
+    weight = None if weight is None else weight.contiguous()
+    recorded = needs_gradient(x, weight, residual)
+    y, residual_out, _ = call(ops.rms_norm.default, recorded, x, weight, residual, eps)
     return y if residual is None else (y, residual_out)
 
 
@@ -51,7 +62,7 @@ def rotary(
         offsets = torch.full((sequences,), offsets, dtype=torch.int32, device=x.device) if offsets else None
     if cos is not None and sin is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
-    return ops.rotary(x, inv_freq, cos, sin, offsets, cu_seqlens, interleaved, False)
+    return call(ops.rotary.default, needs_gradient(x), x, inv_freq, cos, sin, offsets, cu_seqlens, interleaved, False)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -60,7 +71,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if gate.dtype != up.dtype:
         gate, up = autocast(gate, up)
     _checks.swiglu(gate, up)
-    return ops.swiglu(gate, up)
+    return call(ops.swiglu.default, needs_gradient(gate, up), gate, up)
 
 
 def retention_output(o: Tensor, gate: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -72,7 +83,7 @@ def retention_output(o: Tensor, gate: Tensor, *, eps: float = 1e-5) -> Tensor:
     if o.dtype != gate.dtype:
         o, gate = autocast(o, gate)
     _checks.retention_output(o, gate, eps)
-    return ops.retention_output(o, gate, eps)
+    return call(ops.retention_output.default, needs_gradient(o, gate), o, gate, eps)
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
@@ -84,16 +95,15 @@ def _rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _rms_norm_backward(ctx: Any, dy: Tensor | None, d_residual_out: Tensor | None, _: Any) -> tuple[Any, ...]:
-    need_x, need_weight, need_residual, _ = ctx.needs_input_grad
+    _, need_x, need_weight, need_residual = ctx.needs_input_grad
     if dy is None:
-        return (d_residual_out if need_x else None, None, d_residual_out if need_residual else None, None)
+        return d_residual_out if need_x else None, None, d_residual_out if need_residual else None
     x, weight, rstd = ctx.saved_tensors
     dx, d_weight = ops.rms_norm_backward(dy, d_residual_out, x, weight, rstd)
     return (
         dx if need_x else None,
         d_weight.to(weight.dtype) if need_weight else None,
         dx if need_residual else None,
-        None,
     )
 
 
@@ -105,8 +115,7 @@ def _rotary_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _rotary_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     # A rotation's transpose is the rotation back.
-    dx = ops.rotary(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
-    return (dx, *(None,) * 7)
+    return (ops.rotary(dy, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse),)
 
 
 def _swiglu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -115,7 +124,7 @@ def _swiglu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     d_gate, d_up = ops.swiglu_backward(dy, *ctx.saved_tensors)
-    return tuple(d if need else None for d, need in zip((d_gate, d_up), ctx.needs_input_grad))
+    return tuple(d if need else None for d, need in zip((d_gate, d_up), ctx.needs_input_grad[1:]))
 
 
 def _retention_output_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,17 +134,14 @@ def _retention_output_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 
 def _retention_output_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     d_o, d_gate = ops.retention_output_backward(dy, *ctx.saved_tensors, ctx.eps)
-    return (*(d if need else None for d, need in zip((d_o, d_gate), ctx.needs_input_grad)), None)
+    return tuple(d if need else None for d, need in zip((d_o, d_gate), ctx.needs_input_grad[1:]))
 
 
-for _name, _backward, _context in (
-    ("rms_norm", _rms_norm_backward, _rms_norm_context),
-    ("rotary", _rotary_backward, _rotary_context),
-    ("swiglu", _swiglu_backward, _swiglu_context),
-    ("retention_output", _retention_output_backward, _retention_output_context),
-):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_context)
-no_second_derivative("rms_norm_backward", "swiglu_backward", "retention_output_backward")
+register_gradient("rms_norm", (0, 1, 2), _rms_norm_context, _rms_norm_backward)
+register_gradient("rotary", (0,), _rotary_context, _rotary_backward)
+register_gradient("swiglu", (0, 1), _swiglu_context, _swiglu_backward)
+register_gradient("retention_output", (0, 1), _retention_output_context, _retention_output_backward)
+no_second_derivative(rms_norm_backward=5, swiglu_backward=3, retention_output_backward=3)
 
 
 # ---- fake (Meta) implementations -----------------------------------------------------------------------------------

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from yoco_ext import _checks
-from yoco_ext.ops._common import NAMESPACE, accumulator_dtype, autocast, no_second_derivative, ops
-
-_STATE, _INPUTS = 4, 8
+from yoco_ext.ops._common import (
+    NAMESPACE,
+    accumulator_dtype,
+    autocast,
+    call,
+    needs_gradient,
+    no_second_derivative,
+    ops,
+    register_gradient,
+)
 
 
 def gated_retention(
@@ -50,8 +57,17 @@ def gated_retention(
     _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    o, final_state = ops.gated_retention(
-        q, k, v, g, initial_state, cu_seqlens, q.shape[3] ** -0.5 if scale is None else scale, return_final_state
+    o, final_state = call(
+        ops.gated_retention.default,
+        needs_gradient(q, k, v, g, initial_state),
+        q,
+        k,
+        v,
+        g,
+        initial_state,
+        cu_seqlens,
+        q.shape[3] ** -0.5 if scale is None else scale,
+        return_final_state,
     )
     return (o, final_state) if return_final_state else o
 
@@ -66,7 +82,9 @@ def gated_retention_step(
     """
     q, k, v = autocast(q, k, v)
     _checks.gated_retention_step(q, k, v, g, state, scale)
-    return ops.gated_retention_step(q, k, v, g, state, q.shape[3] ** -0.5 if scale is None else scale)
+    return call(
+        ops.gated_retention_step.default, False, q, k, v, g, state, q.shape[3] ** -0.5 if scale is None else scale
+    )
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
@@ -79,16 +97,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_o is None and d_final_state is None:
-        return (None,) * _INPUTS
+        return (None,) * 5
     tensors = ctx.saved_tensors
     if d_o is None:
         d_o = torch.zeros_like(tensors[2], memory_format=torch.contiguous_format)
     gradients = ops.gated_retention_backward(d_o, d_final_state, *tensors, ctx.scale)
-    return (*(d if need else None for d, need in zip(gradients, ctx.needs_input_grad)), None, None, None)
+    return tuple(d if need else None for d, need in zip(gradients, ctx.needs_input_grad[1:]))
 
 
-torch.library.register_autograd(f"{NAMESPACE}::gated_retention", _backward, setup_context=_setup_context)
-no_second_derivative("gated_retention_backward")
+register_gradient("gated_retention", (0, 1, 2, 3, 4), _setup_context, _backward)
+no_second_derivative(gated_retention_backward=7)
 
 
 # ---- fake (Meta) implementations -----------------------------------------------------------------------------------
