@@ -35,7 +35,11 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
 
 def needs_gradient(*inputs: Any) -> bool:
     """Whether a call with these differentiable inputs (tensors or None) must be recorded by autograd."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def call(op: Any, recorded: bool, *arguments: Any) -> Any:

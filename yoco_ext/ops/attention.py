@@ -197,14 +197,14 @@ def cross_attention(q: Tensor, shared_kv: SharedKV, *, return_lse: bool = False,
     unless given. The gradients of all layers for K and V add into one float32 accumulator (see SharedKV).
     """
     arguments = _arguments(q, shared_kv.k, shared_kv.v, **{**shared_kv.options(), **options})
-    tokens = shared_kv.tokens if torch.is_grad_enabled() else None
+    tokens = shared_kv.incoming()
     if tokens is None:
         out, lse = ops.attention.default(*arguments)
     else:
         # K and V go in without their graph: their gradient comes back through the tokens alone.
         q, k, v, *rest = arguments
         out, lse, *following = ops.shared_attention.default(q, k.detach(), v.detach(), *rest, *tokens)
-        shared_kv.advance(tokens, following)
+        shared_kv.advance(following)
     return (out, lse) if return_lse else out
 
 
@@ -248,6 +248,7 @@ def _shared_backward(
             "(yoco_ext has first derivatives only; yoco_ext.reference differentiates twice)"
         )
     _, q, sinks, latent_k, latent_v, _, _ = ctx.needs_input_grad
+    ctx.spent = True  # SharedKV.incoming
     if d_out is None and d_lse is None:
         return None, None, None, None, dk, dv
     grads = _GRAD_Q * q | _GRAD_KV | _GRAD_LATENTS * (latent_k or latent_v) | _GRAD_SINKS * sinks

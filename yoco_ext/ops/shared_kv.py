@@ -36,6 +36,10 @@ class _Root(torch.autograd.Function):
         return None if dk is None else dk.to(ctx.dtype), None if dv is None else dv.to(ctx.dtype)
 
 
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 class SharedKV:
     """The one K/V cache of a YOCO model: k [B, Tk, Hkv, Dqk] and v [B, Tk, Hkv, Dv] with what describes them.
 
@@ -45,8 +49,9 @@ class SharedKV:
 
     Under autograd the gradients of all layers for k and v add into one float32 accumulator (see this module's
     docstring); the result equals autograd's own sum of the layers' gradients, with one rounding at the end. Works
-    under torch.utils.checkpoint, torch.compile and repeated backward; k and v may also be used directly. Layers must be
-    called under the same SharedKV object or one made by `from_tensors`.
+    under torch.utils.checkpoint (with use_reentrant=True: pass `tensors()` in and out, see `from_tensors`), torch.compile
+    and repeated backward; k and v may also be used directly. Make one per forward pass, from that pass's k and v. The
+    layers hang together: several losses over one SharedKV need one backward, or retain_graph=True in all but the last.
 
     cu_seqlens: int32 [N + 1] of packed sequences (B = 1), used for queries and keys alike unless a call overrides it.
     seqused_k: int32 [sequences], keys really there.
@@ -71,11 +76,52 @@ class SharedKV:
             found["seqused_k"] = self.seqused_k
         return found
 
-    def advance(self, used: tuple[Tensor, Tensor], following: Any) -> None:
-        """The next layer hangs behind the one that has just used the tokens."""
-        self.tokens = (following[0], following[1])
+    def incoming(self) -> tuple[Tensor, Tensor] | None:
+        """The tokens for the next layer; None when no gradient goes to K and V."""
+        if not torch.is_grad_enabled():
+            return None
+        if self.tokens is not None and not torch.compiler.is_compiling():
+            # A backward has been through the chain and freed it: what comes now is another pass.
+            if getattr(self.tokens[0].grad_fn, "spent", False) and not _in_backward():
+                self.tokens = _Root.apply(self.k, self.v)
+        return self.tokens
+
+    def advance(self, following: Any) -> None:
+        """The next layer hangs behind the one that has just returned these tokens."""
+        # A checkpoint that recomputes a layer builds a graph nobody keeps: nothing may hang on that.
+        if torch.compiler.is_compiling() or not _in_backward():
+            self.tokens = (following[0], following[1])
 
     @property
     def time(self) -> int:
         """Number of keys."""
         return self.k.shape[1]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Everything this object is made of, for checkpoints that must see it all as tensors: with use_reentrant=True,
+        or inside torch.compile(fullgraph=True).
+
+            def layer(x, *tensors):
+                shared = SharedKV.from_tensors(*tensors)
+                return x + cross_layer(x, shared), *shared.tensors()
+
+            x, *tensors = checkpoint(layer, x, *tensors, use_reentrant=...)
+        """
+        token_k, token_v = (None, None) if self.tokens is None else self.tokens
+        return self.k, self.v, self.cu_seqlens, self.seqused_k, token_k, token_v
+
+    @classmethod
+    def from_tensors(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+        token_k: Tensor | None = None,
+        token_v: Tensor | None = None,
+    ) -> SharedKV:
+        """The object that `tensors` took apart, at the same place of the chain."""
+        shared = cls.__new__(cls)
+        shared.k, shared.v, shared.cu_seqlens, shared.seqused_k = k, v, cu_seqlens, seqused_k
+        shared.tokens = None if token_k is None or token_v is None else (token_k, token_v)
+        return shared
