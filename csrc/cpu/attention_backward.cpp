@@ -1,0 +1,427 @@
+// Attention backward: one pass over the visible tiles, five products per tile, every gradient owned by one task.
+//
+// A task owns a run of key blocks of one KV head: dK and dV are finished there. dQ collects contributions from every
+// task of its head, each in its own buffer, added in a fixed order at the end: results do not depend on the threads.
+// Tiles are kept transposed, [keys, rows], so that P^T and dS^T are at once the left operands of dV and dK; dQ is
+// accumulated transposed with dS^T as the right operand. docs/cpu_attention.md has the schedule.
+#include "attention_backward_tile.h"
+
+namespace yoco::cpu::YOCO_ISA {
+namespace {
+
+// Enough tasks to keep many cores busy; more would only add dQ buffers. Shapes decide, never the number of threads.
+constexpr int64_t kWantedTasks = 16;
+constexpr int64_t kMinTaskKeys = 1024;
+
+// One (sequence, KV head).
+struct Unit {
+  int64_t sequence, kv_head, rows, first_block;  // first_block: index of its first row block among all units
+  int64_t blocks() const { return (rows + kRows - 1) / kRows; }
+};
+
+// A task's contribution to dQ of one unit: row blocks [begin, end), each [padded dim_qk, kRows].
+struct Partial {
+  int64_t unit, begin, end, offset;  // offset in row blocks
+};
+
+struct Task {
+  bool latent;
+  Segment segment;
+  int64_t kv_head, begin, end;  // key blocks
+  std::vector<int64_t> partials;
+  double cost;
+};
+
+template <class T>
+class Backward {
+ public:
+  using Op = MatrixOperand<T>;
+  using C = Accumulator<Op>;
+
+  explicit Backward(const AttentionBackwardParams& p)
+      : p_(p), group_(p.heads_q / p.heads_kv), layout_(p), want_dq_(p.dq.data != nullptr) {
+    plan();
+  }
+
+  const char* run(const Launch& launch) {
+    const size_t stats_bytes = 3 * row_blocks_ * kRows * sizeof(C);
+    const size_t dq_bytes = want_dq_ ? partial_blocks_ * layout_.dq_elements() * sizeof(C) : 0;
+    const Scratch stats(stats_bytes), dq(dq_bytes);
+    if (stats.failed(stats_bytes) || dq.failed(dq_bytes)) return "out of memory for the buffers of the backward";
+    lse_ = stats.template as<C>();
+    delta_ = lse_ + row_blocks_ * kRows;
+    sink_terms_ = delta_ + row_blocks_ * kRows;
+    dq_ = dq.template as<C>();
+    touched_.assign(partial_blocks_, 0);
+
+    for_each_task(launch, row_blocks_, [&](int64_t block) { row_statistics(block); });
+    if (p_.d_sinks != nullptr) {
+      for_each_task(launch, p_.heads_q, [&](int64_t head) { sum_sinks(head); });
+    }
+    for_each_task(launch, static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
+      const ScratchLease scratch(layout_.bytes(task_row_blocks(tasks_[i]), task_accumulators(tasks_[i])));
+      run_task(tasks_[i], scratch.data());
+    });
+    if (want_dq_) {
+      for_each_task(launch, row_blocks_, [&](int64_t block) { finish_dq(block); });
+      const int64_t end = rows_in_sequences(p_);
+      zero_rows<T>(p_.dq, p_.batch, p_.heads_q, p_.dim_qk, end, p_.time_q);
+    }
+    zero_unused_keys();
+    return nullptr;
+  }
+
+ private:
+  // ---- plan ----
+  void plan() {
+    for (int64_t n = 0; n < p_.num_sequences; ++n) {
+      const Sequence s = make_sequence(p_, n);
+      sequences_.push_back(s);
+      for (int64_t h = 0; h < p_.heads_kv; ++h) {
+        units_.push_back({n, h, s.len_q * group_, row_blocks_});
+        for (int64_t b = 0; b < units_.back().blocks(); ++b) block_unit_.push_back(static_cast<int64_t>(units_.size()) - 1);
+        row_blocks_ += units_.back().blocks();
+      }
+    }
+    unit_partials_.resize(units_.size());
+    const int64_t splits = std::max<int64_t>(1, kWantedTasks / std::max<int64_t>(1, static_cast<int64_t>(units_.size())));
+    const bool main_wanted = want_dq_ || p_.dk.data != nullptr || p_.dv.data != nullptr;
+    for (int64_t u = 0; main_wanted && u < static_cast<int64_t>(units_.size()); ++u) {
+      const Sequence& s = sequences_[units_[u].sequence];
+      const Segment segment{s.batch, s.k_begin, s.len_k, 0};
+      const int64_t blocks = segment.blocks(), parts = std::min(splits, (s.len_k + kMinTaskKeys - 1) / kMinTaskKeys);
+      for (int64_t i = 0; i < parts; ++i) {
+        Task task{false, segment, units_[u].kv_head, blocks * i / parts, blocks * (i + 1) / parts, {}, 0};
+        const KeyRange rows = visiting_blocks(u, false, task.begin * kKeys, std::min(s.len_k, task.end * kKeys));
+        add_partial(task, u, rows.begin, rows.end);
+        const KeyRange first = visiting_blocks(u, false, task.begin * kKeys, task.begin * kKeys + 1);
+        task.cost = static_cast<double>(task.end - task.begin) * static_cast<double>(first.end - first.begin + 1);
+        tasks_.push_back(std::move(task));
+      }
+    }
+    const bool latents_wanted = want_dq_ || p_.d_latent_k.data != nullptr || p_.d_latent_v.data != nullptr;
+    const bool shared = p_.latents_shared || p_.batch == 1 || p_.latent_k.batch_stride == 0;
+    const int64_t latent_batches = p_.num_latents == 0 || !latents_wanted ? 0 : (shared ? 1 : p_.batch);
+    for (int64_t b = 0; b < latent_batches; ++b) {
+      const Segment segment{b, 0, p_.num_latents, 0};
+      for (int64_t h = 0; h < p_.heads_kv; ++h) {
+        Task task{true, segment, h, 0, segment.blocks(), {}, 1e30};
+        for (int64_t u = 0; u < static_cast<int64_t>(units_.size()); ++u) {
+          if (units_[u].kv_head != h || (!shared && sequences_[units_[u].sequence].batch != b)) continue;
+          add_partial(task, u, 0, units_[u].blocks());
+        }
+        tasks_.push_back(std::move(task));
+      }
+    }
+    std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  }
+
+  void add_partial(Task& task, int64_t unit, int64_t begin, int64_t end) {
+    task.partials.push_back(static_cast<int64_t>(partials_.size()));
+    unit_partials_[unit].push_back(static_cast<int64_t>(partials_.size()));
+    partials_.push_back({unit, begin, end, partial_blocks_});
+    partial_blocks_ += end - begin;
+  }
+
+  // Row blocks that may see a key of [key_begin, key_end).
+  KeyRange visiting_blocks(int64_t unit, bool latent, int64_t key_begin, int64_t key_end) const {
+    const Unit& u = units_[unit];
+    if (latent || p_.mask.prefix_len != nullptr) return {0, u.blocks()};
+    const Sequence& s = sequences_[u.sequence];
+    const MaskParams& m = p_.mask;
+    const int64_t first = query_range(m.window_left, m.window_right, key_begin, s.len_q, s.len_k).begin;
+    const int64_t last = query_range(m.window_left, m.window_right, key_end - 1, s.len_q, s.len_k).end;
+    const int64_t begin = std::min(first * group_ / kRows, u.blocks());
+    return {begin, std::clamp((last * group_ + kRows - 1) / kRows, begin, u.blocks())};
+  }
+
+  int64_t task_row_blocks(const Task& task) const {
+    int64_t most = 0;
+    for (int64_t i : task.partials) most = std::max(most, partials_[i].end - partials_[i].begin);
+    return most;
+  }
+  static int64_t task_accumulators(const Task& task) { return task.partials.size() > 1 ? task.end - task.begin : 1; }
+
+  Rows rows_of(const Unit& u, int64_t block) const {
+    return {u.sequence, u.kv_head, block * kRows, std::min(kRows, u.rows - block * kRows)};
+  }
+
+  template <class P>
+  P* query(const View& view, const Sequence& s, const Rows& rows, int64_t r) const {
+    const int64_t row = rows.first + r;
+    return const_cast<P*>(
+        at<std::remove_const_t<P>>(view, s.batch, s.q_begin + row / group_, rows.kv_head * group_ + row % group_));
+  }
+
+  // ---- before: lse in base 2 and delta = out . d_out - d_lse for every row ----
+  void row_statistics(int64_t block) {
+    const Unit& u = units_[block_unit_[block]];
+    const Sequence& s = sequences_[u.sequence];
+    const Rows rows = rows_of(u, block - u.first_block);
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t index = block * kRows + r;
+      lse_[index] = kUnseen<C>, delta_[index] = 0, sink_terms_[index] = 0;
+      if (r >= rows.count) continue;
+      const int64_t row = rows.first + r, head = u.kv_head * group_ + row % group_;
+      const int64_t at = (s.batch * p_.heads_q + head) * p_.time_q + s.q_begin + row / group_;
+      const C lse = static_cast<const C*>(p_.lse)[at];
+      if (lse == -std::numeric_limits<C>::infinity()) continue;  // sees nothing
+      C delta = dot(query<const T>(p_.out, s, rows, r), query<const T>(p_.d_out, s, rows, r), p_.dim_v);
+      if (p_.d_lse != nullptr) delta -= static_cast<const C*>(p_.d_lse)[at];
+      lse_[index] = lse * static_cast<C>(kLog2E);
+      delta_[index] = delta;
+      if (p_.d_sinks != nullptr) sink_terms_[index] = -std::exp(static_cast<C>(p_.sinks[head]) - lse) * delta;
+    }
+  }
+
+  static C dot(const T* a, const T* b, int64_t dim) {
+    Vec<C> sum{};
+    int64_t i = 0;
+    for (; i + kLanes<C> <= dim; i += kLanes<C>) sum += load<C>(a + i) * load<C>(b + i);
+    C total = sum_lanes<C>(sum);
+    for (; i < dim; ++i) total += static_cast<C>(to_float(a[i])) * static_cast<C>(to_float(b[i]));
+    return total;
+  }
+
+  void sum_sinks(int64_t head) {
+    double total = 0;
+    for (const Unit& u : units_) {
+      if (u.kv_head != head / group_) continue;
+      for (int64_t row = head % group_; row < u.rows; row += group_) total += sink_terms_[u.first_block * kRows + row];
+    }
+    p_.d_sinks[head] = static_cast<float>(total);
+  }
+
+  // ---- the tiles ----
+  void run_task(const Task& task, char* scratch) {
+    BackwardBuffers<T> b(layout_, scratch, task_row_blocks(task));
+    const bool several = task.partials.size() > 1;
+    const View &dk = task.latent ? p_.d_latent_k : p_.dk, &dv = task.latent ? p_.d_latent_v : p_.dv;
+    const bool want_dk = dk.data != nullptr, want_dv = dv.data != nullptr;
+    for (size_t i = 0; i < task.partials.size(); ++i) {
+      const Partial& partial = partials_[task.partials[i]];
+      const Unit& u = units_[partial.unit];
+      const Sequence& s = sequences_[u.sequence];
+      for (int64_t block = partial.begin; block < partial.end; ++block) {
+        pack_rows(b, task, u, s, block, block - partial.begin);
+      }
+      for (int64_t key_block = task.begin; key_block < task.end; ++key_block) {
+        C* dk_acc = b.accumulator(several ? key_block - task.begin : 0);
+        C* dv_acc = dk_acc + kKeys * layout_.cols_qk;
+        if (i == 0) std::memset(static_cast<void*>(dk_acc), 0, layout_.accumulator_elements() * sizeof(C));
+        const int64_t k0 = key_block * kKeys, n = std::min(kKeys, task.segment.length - k0);
+        const KeyRange visiting = visiting_blocks(partial.unit, task.latent, k0, k0 + n);
+        if (visiting.begin < visiting.end) pack_keys(b, task, k0, n);
+        for (int64_t block = std::max(visiting.begin, partial.begin); block < std::min(visiting.end, partial.end);
+             ++block) {
+          tile(b, task, partial, u, s, block, k0, n, want_dk ? dk_acc : nullptr, want_dv ? dv_acc : nullptr);
+        }
+        if (i + 1 == task.partials.size()) {
+          if (want_dk) write_keys(task, dk, dk_acc, layout_.cols_qk, p_.dim_qk, k0, n, static_cast<C>(p_.scale));
+          if (want_dv) write_keys(task, dv, dv_acc, layout_.cols_v, p_.dim_v, k0, n, C{1});
+        }
+      }
+    }
+    if (task.partials.empty()) return;
+  }
+
+  // Both forms of q and d_out of one row block, and which keys its rows see.
+  void pack_rows(BackwardBuffers<T>& b, const Task& task, const Unit& u, const Sequence& s, int64_t block, int64_t slot) {
+    const Rows rows = rows_of(u, block);
+    T *q = b.gather, *d_out = b.gather + kRows * p_.dim_qk;
+    for (int64_t r = 0; r < rows.count; ++r) {
+      std::memcpy(q + r * p_.dim_qk, query<const T>(p_.q, s, rows, r), p_.dim_qk * sizeof(T));
+      std::memcpy(d_out + r * p_.dim_v, query<const T>(p_.d_out, s, rows, r), p_.dim_v * sizeof(T));
+    }
+    const auto packed = b.rows(slot);
+    pack_b_transposed<Op>(q, p_.dim_qk, p_.dim_qk, rows.count, packed.q_columns, kRows);
+    pack_b_transposed<Op>(d_out, p_.dim_v, p_.dim_v, rows.count, packed.d_out_columns, kRows);
+    zero_columns(packed.q_columns, layout_.depth_qk, rows.count);
+    zero_columns(packed.d_out_columns, layout_.depth_v, rows.count);
+    pack_b<Op>(q, p_.dim_qk, rows.count, p_.dim_qk, packed.q_rows, layout_.cols_qk);
+    pack_b<Op>(d_out, p_.dim_v, rows.count, p_.dim_v, packed.d_out_rows, layout_.cols_v);
+    zero_rest(packed.q_rows, rows.count, layout_.cols_qk);
+    zero_rest(packed.d_out_rows, rows.count, layout_.cols_v);
+    b.seen[slot] = RowIntervals(p_, s, rows, group_, task.latent);
+    b.seen[slot].finite = all_finite(q, p_.dim_qk, rows.count, p_.dim_qk) &&
+                          all_finite(d_out, p_.dim_v, rows.count, p_.dim_v);
+  }
+  static void zero_columns(Op* packed, int64_t depth, int64_t count) {
+    const int64_t done = padded_cols(count);
+    for (int64_t k = 0; done < kRows && k < depth; k += kPair<Op>) {
+      std::memset(static_cast<void*>(packed + k * kRows + done * kPair<Op>), 0, (kRows - done) * kPair<Op> * sizeof(Op));
+    }
+  }
+  static void zero_rest(Op* packed, int64_t count, int64_t cols) {
+    const int64_t done = padded_depth<Op>(count);
+    if (done < kRows) std::memset(static_cast<void*>(packed + done * cols), 0, (kRows - done) * cols * sizeof(Op));
+  }
+
+  void pack_keys(BackwardBuffers<T>& b, const Task& task, int64_t k0, int64_t n) {
+    const View &kv = task.latent ? p_.latent_k : p_.k, &vv = task.latent ? p_.latent_v : p_.v;
+    const T* k = at<T>(kv, task.segment.batch, task.segment.begin + k0, task.kv_head);
+    const T* v = at<T>(vv, task.segment.batch, task.segment.begin + k0, task.kv_head);
+    pack_a<Op>(k, kv.time_stride, n, p_.dim_qk, b.k, layout_.depth_qk);
+    pack_a<Op>(v, vv.time_stride, n, p_.dim_v, b.v, layout_.depth_v);
+    std::memset(static_cast<void*>(b.k + n * layout_.depth_qk), 0, (kKeys - n) * layout_.depth_qk * sizeof(Op));
+    std::memset(static_cast<void*>(b.v + n * layout_.depth_v), 0, (kKeys - n) * layout_.depth_v * sizeof(Op));
+    if (want_dq_) pack_a_transposed(b.k, layout_.depth_qk, kKeys, p_.dim_qk, b.k_transposed, kKeys);
+    b.keys_finite = all_finite(k, kv.time_stride, n, p_.dim_qk) && all_finite(v, vv.time_stride, n, p_.dim_v);
+  }
+
+  void tile(BackwardBuffers<T>& b, const Task& task, const Partial& partial, const Unit& u, const Sequence& s,
+            int64_t block, int64_t k0, int64_t n, C* dk, C* dv) {
+    const int64_t slot = block - partial.begin;
+    const RowIntervals& seen = b.seen[slot];
+    if (seen.low >= k0 + n || seen.high <= k0) return;
+    // Keys [j0, j1) of the block, in units that the products take.
+    const int64_t j0 = std::max<int64_t>(seen.low - k0, 0) / kKeyStep * kKeyStep;
+    const int64_t j1 = std::min(kKeys, round_up(std::min(seen.high - k0, n), kKeyStep)), keys = j1 - j0;
+    const bool full = seen.all_low <= k0 + j0 && seen.all_high >= k0 + j1;
+    const auto rows = b.rows(slot);
+    const Op* k = b.k + j0 * layout_.depth_qk;
+    gemm<Op>(keys, kRows, layout_.depth_qk, k, layout_.depth_qk, rows.q_columns, kRows, b.scores, kRows, false);
+    gemm<Op>(keys, kRows, layout_.depth_v, b.v + j0 * layout_.depth_v, layout_.depth_v, rows.d_out_columns, kRows,
+             b.d_scores, kRows, false);
+    C factor = static_cast<C>(p_.scale * kLog2E);
+    if (layout_.transform) {
+      transform_transposed(p_, s, rows_of(u, block), group_, task.latent, k0 + j0, keys, b.scores, b.derivative);
+      factor = 1;
+    }
+    const C *lse = lse_ + (u.first_block + block) * kRows, *delta = delta_ + (u.first_block + block) * kRows;
+    differentiate(b, layout_, full ? nullptr : &seen, k0 + j0, keys, factor, lse, delta);
+    C* dq = nullptr;
+    bool first = false;
+    if (want_dq_) {
+      dq = dq_ + (partial.offset + slot) * layout_.dq_elements();
+      first = !touched_[partial.offset + slot];
+      touched_[partial.offset + slot] = 1;
+    }
+    if (!full && !(seen.finite && b.keys_finite)) {
+      careful_products(b, seen, slot, k0 + j0, j0, keys, dk, dv, dq, first);
+      return;
+    }
+    if (dv != nullptr) {
+      gemm<Op>(keys, layout_.cols_v, kRows, b.p, kRows, rows.d_out_rows, layout_.cols_v, dv + j0 * layout_.cols_v,
+               layout_.cols_v, true);
+    }
+    if (dk != nullptr) {
+      gemm<Op>(keys, layout_.cols_qk, kRows, b.ds, kRows, rows.q_rows, layout_.cols_qk, dk + j0 * layout_.cols_qk,
+               layout_.cols_qk, true);
+    }
+    if (dq != nullptr) {
+      gemm<Op>(p_.dim_qk, kRows, keys, b.k_transposed + j0, kKeys, b.ds_packed(), kRows, dq, kRows, !first);
+    }
+  }
+
+  // A partly masked tile with a NaN or infinity somewhere: 0 * NaN must not reach what does not see it, so only visible
+  // pairs are touched.
+  void careful_products(BackwardBuffers<T>& b, const RowIntervals& seen, int64_t slot, int64_t key0, int64_t j0,
+                        int64_t keys, C* dk, C* dv, C* dq, bool first) {
+    if (first) std::memset(static_cast<void*>(dq), 0, layout_.dq_elements() * sizeof(C));
+    const auto rows = b.rows(slot);
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t r = 0; r < kRows; ++r) {
+        if (key0 + j < seen.begin[r] || key0 + j >= seen.end[r]) continue;
+        const C p = static_cast<C>(to_float(b.p[j * kRows + r])), ds = static_cast<C>(to_float(b.ds[j * kRows + r]));
+        for (int64_t d = 0; dv != nullptr && d < p_.dim_v; ++d) {
+          dv[(j0 + j) * layout_.cols_v + d] += p * packed_element(rows.d_out_rows, layout_.cols_v, r, d);
+        }
+        for (int64_t d = 0; dk != nullptr && d < p_.dim_qk; ++d) {
+          dk[(j0 + j) * layout_.cols_qk + d] += ds * packed_element(rows.q_rows, layout_.cols_qk, r, d);
+        }
+        for (int64_t d = 0; dq != nullptr && d < p_.dim_qk; ++d) {
+          dq[d * kRows + r] += ds * static_cast<C>(to_float(b.k[(j0 + j) * layout_.depth_qk + d]));
+        }
+      }
+    }
+  }
+  static C packed_element(const Op* packed, int64_t cols, int64_t row, int64_t col) {
+    return static_cast<C>(to_float(packed[row / kPair<Op> * kPair<Op> * cols + col * kPair<Op> + row % kPair<Op>]));
+  }
+
+  void write_keys(const Task& task, const View& view, const C* acc, int64_t cols, int64_t dim, int64_t k0, int64_t n,
+                  C scale) const {
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t row = task.segment.begin + k0 + j;
+      const C* from = acc + j * cols;
+      if (p_.accumulate_dkv && !task.latent) {
+        C* to = at_mutable<C>(view, task.segment.batch, row, task.kv_head);
+        for (int64_t d = 0; d < dim; ++d) to[d] += from[d] * scale;
+      } else {
+        T* to = at_mutable<T>(view, task.segment.batch, row, task.kv_head);
+        for_each_vector<C>(dim, [&](auto io) { io.store(to, io.load(from) * scale); });
+      }
+    }
+  }
+
+  // ---- after: dQ is the sum of the tasks' contributions ----
+  void finish_dq(int64_t block) {
+    const int64_t unit = block_unit_[block];
+    const Unit& u = units_[unit];
+    const Sequence& s = sequences_[u.sequence];
+    const int64_t local = block - u.first_block;
+    const Rows rows = rows_of(u, local);
+    alignas(64) C by_row[kRows * 16];
+    for (int64_t d0 = 0; d0 < p_.dim_qk; d0 += 16) {
+      alignas(64) C total[16 * kRows] = {};
+      for (int64_t i : unit_partials_[unit]) {
+        const Partial& part = partials_[i];
+        if (local < part.begin || local >= part.end || !touched_[part.offset + local - part.begin]) continue;
+        const C* from = dq_ + (part.offset + local - part.begin) * layout_.dq_elements() + d0 * kRows;
+        for (int64_t e = 0; e < 16 * kRows; e += kLanes<C>) store<C>(total + e, load<C>(total + e) + load<C>(from + e));
+      }
+      transpose_16(total, by_row);
+      const int64_t n = std::min<int64_t>(16, p_.dim_qk - d0);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        T* to = query<T>(p_.dq, s, rows, r) + d0;
+        const C *from = by_row + r * 16, scale = static_cast<C>(p_.scale);
+        for_each_vector<C>(n, [&](auto io) { io.store(to, io.load(from) * scale); });
+      }
+    }
+  }
+
+  // Keys of no sequence, and those behind seqused_k.
+  void zero_unused_keys() const {
+    if (p_.accumulate_dkv) return;
+    const auto zero = [&](int64_t batch, int64_t begin, int64_t end) {
+      for (const auto& [view, dim] : {std::pair{&p_.dk, p_.dim_qk}, std::pair{&p_.dv, p_.dim_v}}) {
+        if (view->data == nullptr) continue;
+        View one = *view;
+        one.data = at_mutable<T>(*view, batch, 0, 0);
+        zero_rows<T>(one, 1, p_.heads_kv, dim, begin, end);
+      }
+    };
+    int64_t end = 0;
+    for (int64_t n = 0; n < p_.num_sequences; ++n) {
+      const Sequence& s = sequences_[n];
+      const bool packed = p_.cu_seqlens_k != nullptr;
+      const int64_t stop = packed ? clamp_index(p_.cu_seqlens_k[n + 1], s.k_begin, p_.time_k) : p_.time_k;
+      zero(s.batch, s.k_begin + s.len_k, stop);
+      end = stop;
+    }
+    if (p_.cu_seqlens_k != nullptr) zero(0, end, p_.time_k);
+  }
+
+  const AttentionBackwardParams& p_;
+  const int64_t group_;
+  const BackwardLayout<T> layout_;
+  const bool want_dq_;
+  int64_t row_blocks_ = 0, partial_blocks_ = 0;
+  std::vector<Sequence> sequences_;
+  std::vector<Unit> units_;
+  std::vector<int64_t> block_unit_;  // row block -> unit
+  std::vector<Partial> partials_;
+  std::vector<std::vector<int64_t>> unit_partials_;
+  std::vector<Task> tasks_;
+  std::vector<uint8_t> touched_;
+  C *lse_ = nullptr, *delta_ = nullptr, *sink_terms_ = nullptr, *dq_ = nullptr;
+};
+
+}  // namespace
+
+const char* attention_backward(const AttentionBackwardParams& p, const Launch& launch) {
+  return with_float_type(p.dtype, [&](auto t) { return Backward<decltype(t)>(p).run(launch); });
+}
+
+}  // namespace yoco::cpu::YOCO_ISA
