@@ -79,12 +79,14 @@ class Backward {
       sequences_.push_back(s);
       for (int64_t h = 0; h < p_.heads_kv; ++h) {
         units_.push_back({n, h, s.len_q * group_, row_blocks_});
-        for (int64_t b = 0; b < units_.back().blocks(); ++b) block_unit_.push_back(static_cast<int64_t>(units_.size()) - 1);
+        for (int64_t b = 0; b < units_.back().blocks(); ++b)
+          block_unit_.push_back(static_cast<int64_t>(units_.size()) - 1);
         row_blocks_ += units_.back().blocks();
       }
     }
     unit_partials_.resize(units_.size());
-    const int64_t splits = std::max<int64_t>(1, kWantedTasks / std::max<int64_t>(1, static_cast<int64_t>(units_.size())));
+    const int64_t splits =
+        std::max<int64_t>(1, kWantedTasks / std::max<int64_t>(1, static_cast<int64_t>(units_.size())));
     const bool main_wanted = want_dq_ || p_.dk.data != nullptr || p_.dv.data != nullptr;
     for (int64_t u = 0; main_wanted && u < static_cast<int64_t>(units_.size()); ++u) {
       const Sequence& s = sequences_[units_[u].sequence];
@@ -226,7 +228,8 @@ class Backward {
   }
 
   // Both forms of q and d_out of one row block, and which keys its rows see.
-  void pack_rows(BackwardBuffers<T>& b, const Task& task, const Unit& u, const Sequence& s, int64_t block, int64_t slot) {
+  void pack_rows(BackwardBuffers<T>& b, const Task& task, const Unit& u, const Sequence& s, int64_t block,
+                 int64_t slot) {
     const Rows rows = rows_of(u, block);
     T *q = b.gather, *d_out = b.gather + kRows * p_.dim_qk;
     for (int64_t r = 0; r < rows.count; ++r) {
@@ -243,13 +246,14 @@ class Backward {
     zero_rest(packed.q_rows, rows.count, layout_.cols_qk);
     zero_rest(packed.d_out_rows, rows.count, layout_.cols_v);
     b.seen[slot] = RowIntervals(p_, s, rows, group_, task.latent);
-    b.seen[slot].finite = all_finite(q, p_.dim_qk, rows.count, p_.dim_qk) &&
-                          all_finite(d_out, p_.dim_v, rows.count, p_.dim_v);
+    b.seen[slot].finite =
+        all_finite(q, p_.dim_qk, rows.count, p_.dim_qk) && all_finite(d_out, p_.dim_v, rows.count, p_.dim_v);
   }
   static void zero_columns(Op* packed, int64_t depth, int64_t count) {
     const int64_t done = padded_cols(count);
     for (int64_t k = 0; done < kRows && k < depth; k += kPair<Op>) {
-      std::memset(static_cast<void*>(packed + k * kRows + done * kPair<Op>), 0, (kRows - done) * kPair<Op> * sizeof(Op));
+      std::memset(static_cast<void*>(packed + k * kRows + done * kPair<Op>), 0,
+                  (kRows - done) * kPair<Op> * sizeof(Op));
     }
   }
   static void zero_rest(Op* packed, int64_t count, int64_t cols) {

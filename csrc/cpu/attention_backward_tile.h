@@ -129,10 +129,10 @@ struct BackwardBuffers {
 
   const BackwardLayout<T>& layout;
   RowIntervals* seen;
-  Op *k, *v;           // A [kKeys, depth]
-  Op* k_transposed;    // A = K^T [cols_qk, kKeys]
-  Op *p, *ds;          // A = P^T, dS^T [kKeys, kRows]
-  Op* ds_pairs = nullptr;  // B = dS^T where operands are packed in pairs
+  Op *k, *v;                          // A [kKeys, depth]
+  Op* k_transposed;                   // A = K^T [cols_qk, kKeys]
+  Op *p, *ds;                         // A = P^T, dS^T [kKeys, kRows]
+  Op* ds_pairs = nullptr;             // B = dS^T where operands are packed in pairs
   C *scores, *d_scores, *derivative;  // [kKeys, kRows]
   T* gather;
   bool keys_finite = true;
