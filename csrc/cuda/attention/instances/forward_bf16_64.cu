@@ -1,0 +1,4 @@
+#include "cuda/attention/forward.h"
+
+template const char* yoco::cuda::launch_attention_forward<__nv_bfloat16, 64>(const AttentionParams&, const ForwardPlan&,
+                                                                             const Launch&);
