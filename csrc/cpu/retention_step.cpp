@@ -1,0 +1,123 @@
+// 1 to 16 tokens against the state, which is read and written once per group of up to kGroup tokens: the state is what
+// the time goes to. Columns of the state do not depend on each other, so a task is a block of columns of one head.
+#include "retention.h"
+
+namespace yoco::cpu::YOCO_ISA {
+namespace {
+
+constexpr int kGroup = 4;
+
+// exp(g) as a sum of two numbers: rounded to one, the same error would enter the state at every token.
+template <class C>
+struct Gamma {
+  C high, low;
+};
+
+template <class T, class G>
+class Step {
+  using C = Compute<T>;
+  static constexpr int kVectors = YOCO_HAS_AVX512 ? 8 : 4;  // columns of a task, in vectors
+
+ public:
+  explicit Step(const RetentionStepParams& p) : p_(p) {}
+
+  void run(const Launch& launch) {
+    const int64_t blocks = divide_up(p_.dim_v, kVectors * kLanes<C>);
+    const int64_t tasks = p_.batch * p_.heads * blocks;
+    // A task of a few microseconds is worth a thread of its own only in company.
+    const int64_t bytes = p_.dim_k * kVectors * static_cast<int64_t>(sizeof(Vec<C>));
+    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(bytes, 1));
+    parallel(launch, tasks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t block = task % blocks, head = task / blocks % p_.heads, batch = task / blocks / p_.heads;
+        columns(batch, head, block * kVectors * kLanes<C>);
+      }
+    });
+  }
+
+ private:
+  void columns(int64_t batch, int64_t head, int64_t first) {
+    const int64_t last = std::min<int64_t>(first + kVectors * kLanes<C>, p_.dim_v);
+    int64_t t = 0;
+    for (; t + kGroup <= p_.time; t += kGroup) tokens<kGroup>(batch, head, t, first, last);
+    for (; t < p_.time; ++t) tokens<1>(batch, head, t, first, last);
+  }
+
+  // Tokens [t, t + kTokens), columns [column, last).
+  template <int kTokens>
+  void tokens(int64_t batch, int64_t head, int64_t t, int64_t column, int64_t last) {
+    C q[kTokens][256], k[kTokens][256];
+    Gamma<C> gamma[kTokens];
+    for (int i = 0; i < kTokens; ++i) {
+      const T* q_row = element<T>(p_.q, batch, t + i, head);
+      const T* k_row = element<T>(p_.k, batch, t + i, head);
+      const C scale = static_cast<C>(p_.scale);
+      for_each_vector<C>(p_.dim_k, [&](auto io) {
+        io.store(q[i], scale * io.load(q_row));
+        io.store(k[i], io.load(k_row));
+      });
+      const double exact = std::exp(static_cast<double>(to_float(*element<G>(p_.g, batch, t + i, head))));
+      gamma[i].high = static_cast<C>(exact);
+      gamma[i].low = static_cast<C>(exact - static_cast<double>(gamma[i].high));
+    }
+    constexpr int lanes = kLanes<C>;
+    constexpr int wide = kTokens == 1 ? kVectors : kVectors / 4;
+    for (; column + wide * lanes <= last; column += wide * lanes) {
+      vectors<kTokens, wide>(batch, head, t, column, q, k, gamma, [](int j) { return FullVector<C>{j * lanes}; });
+    }
+    for (; column + lanes <= last; column += lanes) {
+      vectors<kTokens, 1>(batch, head, t, column, q, k, gamma, [](int) { return FullVector<C>{0}; });
+    }
+    if (column < last) {
+      const int64_t rest = last - column;
+      vectors<kTokens, 1>(batch, head, t, column, q, k, gamma, [=](int) { return PartVector<C>{0, rest}; });
+    }
+  }
+
+  template <int kTokens, int kWide, class Io>
+  YOCO_INLINE void vectors(int64_t batch, int64_t head, int64_t t, int64_t column, const C (*q)[256], const C (*k)[256],
+                           const Gamma<C>* gamma, const Io& io) {
+    C* state = static_cast<C*>(p_.state) + (batch * p_.heads + head) * p_.dim_k * p_.dim_v + column;
+    Vec<C> v[kTokens][kWide], o[kTokens][kWide] = {};
+    for (int i = 0; i < kTokens; ++i) {
+      const T* row = element<T>(p_.v, batch, t + i, head) + column;
+#pragma GCC unroll 8
+      for (int j = 0; j < kWide; ++j) v[i][j] = io(j).load(row);
+    }
+    for (int64_t d = 0; d < p_.dim_k; ++d, state += p_.dim_v) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kWide; ++j) {
+        Vec<C> s = io(j).load(state);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTokens; ++i) {
+          s = gamma[i].high * s + (gamma[i].low * s + k[i][d] * v[i][j]);
+          o[i][j] += q[i][d] * s;
+        }
+        io(j).store(state, s);
+      }
+    }
+    for (int i = 0; i < kTokens; ++i) {
+      T* row = element<T>(p_.o, batch, t + i, head) + column;
+#pragma GCC unroll 8
+      for (int j = 0; j < kWide; ++j) io(j).store(row, o[i][j]);
+    }
+  }
+
+  const RetentionStepParams& p_;
+};
+
+}  // namespace
+
+const char* retention_step(const RetentionStepParams& p, const Launch& launch) {
+  return with_float_type(p.dtype, [&](auto t) -> const char* {
+    using T = decltype(t);
+    if (p.gate_dtype == p.dtype) {
+      Step<T, T>(p).run(launch);
+    } else {
+      Step<T, float>(p).run(launch);
+    }
+    return nullptr;
+  });
+}
+
+}  // namespace yoco::cpu::YOCO_ISA
