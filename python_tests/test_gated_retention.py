@@ -175,8 +175,8 @@ def test_gate_gradient_of_a_long_sequence(backend: Any, decay: str, dtype: torch
 @pytest.mark.backends("cpu")
 @pytest.mark.parametrize("decay", DECAYS)
 def test_low_precision_inputs_lose_nothing_but_the_last_rounding(backend: Any, decay: str) -> None:
-    """Stricter than the rule: states and the gate gradient are float32 sums of exact products; o, dq, dk, dv are within
-    2x of the float32 result rounded to bfloat16."""
+    """Stricter than the rule: states are float32 sums of products that keep 16 bits of the decayed factor; everything
+    else is within 2x of the exact result rounded to bfloat16, the float32 gradient of g included."""
     tensors = make(2, 700, 2, 64, 64, torch.bfloat16, decay=decay, gate_dtype=torch.float32)
     upstream = [torch.randn(2, 700, 2, 64).bfloat16(), torch.randn(2, 2, 64, 64)]
     wide = {name: x.double() for name, x in tensors.items() if x is not None}
@@ -190,7 +190,7 @@ def test_low_precision_inputs_lose_nothing_but_the_last_rounding(backend: Any, d
     exact = gradients(reference.gated_retention, wide)
     ours = gradients(backend.ops.gated_retention, tensors)
     for name, a, e in zip(["o", "final_state", *(f"d{n}" for n in INPUTS)], ours, exact, strict=True):
-        if a.dtype == torch.float32:
+        if name.endswith("state"):
             assert rms(a.double() - e) <= 2e-5 * rms(e), f"{name}: {rms(a.double() - e) / rms(e):.2e}"
         else:
             assert rms(a.double() - e) <= 2 * rms(e.bfloat16().double() - e), name

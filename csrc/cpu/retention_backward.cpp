@@ -1,0 +1,365 @@
+// Backward of gated retention. With dS the gradient of the state behind a chunk and S the state before it:
+//   dQ = (dP * D) K + exp(b) dO S^T                 P = Q K^T, dP = dO V^T, D with the scale in it
+//   dK = (dP * D)^T Q + exp(b_C - b) V dS^T
+//   dV = (P * D)^T dO + exp(b_C - b) K dS
+//   dS' = exp(b_C) dS + (Q * exp(b))^T dO
+//   dg_t = sum of every product that decays through t; see chunk() and docs/cpu_retention.md
+//
+// Three passes over segments of kSegment chunks: what each segment adds to S (forward) and to dS (backward), starting
+// from zero; then both at every border between segments; then, per segment, the states before its chunks again, kept
+// this time, and the gradients from the last chunk to the first. All passes are parallel over segments, and what a
+// segment computes depends on its tokens only. States are transposed here, [dim_v][dim_k]: three of the five
+// products that read or make one then need no other layout.
+#include "retention.h"
+
+namespace yoco::cpu::YOCO_ISA {
+namespace {
+
+constexpr int64_t kSegment = 8;  // chunks: 512 tokens, whose states fit the L2 cache at dim 128
+
+template <class T, class G, class Ops>
+class Backward {
+  using C = typename Ops::Compute;
+  using E = typename Ops::Element;
+  using Left = typename Ops::Left;
+  using Right = typename Ops::Right;
+
+ public:
+  Backward(const RetentionBackwardParams& p, const Launch& launch)
+      : p_(p),
+        launch_(launch),
+        dim_k_(round_up(p.dim_k, Ops::kStep)),
+        dim_v_(round_up(p.dim_v, Ops::kStep)),
+        ld_(dim_k_ + kRowPadBytes / static_cast<int64_t>(sizeof(C))),
+        state_size_(dim_v_ * ld_) {}
+
+  const char* run() {
+    zero_rest<T>(p_, p_.dq, p_.dim_k);
+    zero_rest<T>(p_, p_.dk, p_.dim_k);
+    zero_rest<T>(p_, p_.dv, p_.dim_v);
+    zero_rest<G>(p_, p_.dg, 1);
+    const int64_t streams = p_.num_sequences * p_.heads;
+    if (streams == 0) return nullptr;
+    const int64_t pieces = count_segments(p_, kSegment);
+    const Scratch memory(static_cast<size_t>(pieces) * (sizeof(Segment) + sizeof(C)) +
+                         static_cast<size_t>(2 * pieces * state_size_) * sizeof(C) + 256);
+    if (memory.template as<char>() == nullptr) return "gated_retention_backward: out of memory for the states";
+    Arena arena(memory.template as<char>(), SIZE_MAX);
+    segments_ = arena.take<Segment>(pieces);
+    carry_ = arena.take<C>(pieces);
+    states_ = arena.take<C>(pieces * state_size_);
+    d_states_ = arena.take<C>(pieces * state_size_);
+    list_segments(p_, kSegment, segments_);
+    const auto make = [&] { return Thread(*this); };
+    run_tasks(launch_, pieces, make, [&](Thread& t, int64_t i) { sums(t, segments_[i]); });
+    run_tasks(launch_, pieces, make, [&](Thread& t, int64_t i) {
+      const Segment& s = segments_[i];
+      if (s.first == 0) borders(t, i, pieces);
+    });
+    run_tasks(launch_, pieces, make, [&](Thread& t, int64_t i) { gradients(t, segments_[i]); });
+    return nullptr;
+  }
+
+ private:
+  // What a thread owns.
+  struct Thread {
+    explicit Thread(const Backward& b) : arena(thread_memory(b.arena_bytes()), b.arena_bytes()) {
+      decay = arena.take<Decay<C>>(1);
+      sum = b.matrix(arena.take<C>(b.state_size_));
+      for (Rows<C>& s : before) s = b.matrix(arena.take<C>(b.state_size_));
+    }
+    MatrixScope scope;
+    Arena arena;
+    Decay<C>* decay;
+    Rows<C> sum;
+    Rows<C> before[kSegment];  // the states before the chunks of a segment
+  };
+
+  size_t arena_bytes() const {
+    const int64_t width = std::max<int64_t>({dim_k_, dim_v_, kChunk}) + kRowPadBytes;
+    return sizeof(Decay<C>) + 16384 +
+           sizeof(C) * static_cast<size_t>((kSegment + 4) * state_size_ + 28 * kChunk * width);
+  }
+
+  Rows<C> matrix(C* data) const { return {data, ld_}; }
+  Rows<C> state(int64_t segment) const { return matrix(states_ + segment * state_size_); }
+  Rows<C> d_state(int64_t segment) const { return matrix(d_states_ + segment * state_size_); }
+
+  void clear(Rows<C> x) const { std::fill(x.data, x.data + state_size_, C(0)); }
+
+  // ---- pass 1: what a segment adds to the state and to its gradient
+  void sums(Thread& t, const Segment& s) const {
+    const Tokens sequence = sequence_tokens(p_, s.sequence);
+    const Rows<C> forward = state(s.index), backward = d_state(s.index);
+    clear(forward);
+    clear(backward);
+    double log_carry = 0;
+    for (int64_t c = s.first; c < s.last; ++c) log_carry += add_to_state(t, sequence, s.head, c, forward);
+    for (int64_t c = s.last - 1; c >= s.first; --c) add_to_d_state(t, sequence, s.head, c, backward);
+    carry_[s.index] = static_cast<C>(std::exp(log_carry));
+  }
+
+  // S^T = exp(b_C) S^T + V^T (K * exp(b_C - b)). Returns b_C.
+  double add_to_state(Thread& t, const Tokens& sequence, int64_t head, int64_t c, Rows<C> to) const {
+    const size_t mark = t.arena.mark();
+    const Tokens tokens = chunk_tokens(sequence, c);
+    const int64_t rows = round_up(tokens.length, Ops::kStep);
+    load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), false);
+    const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_);
+    const Rows<E> v = load_rows<Ops, T>(t.arena, p_.v, tokens, head, p_.dim_v, rows, dim_v_);
+    const Left vt = Ops::left_transposed(t.arena, v, rows, dim_v_);
+    scale_rows(to, t.decay->total, dim_v_, dim_k_);
+    multiply_scaled<Ops>(to, vt, scaled<Ops>(t.arena, k, t.decay->to_end, rows, dim_k_), dim_v_, dim_k_, rows);
+    t.arena.release(mark);
+    return t.decay->log_total;
+  }
+
+  void add_to_d_state(Thread& t, const Tokens& sequence, int64_t head, int64_t c, Rows<C> to) const {
+    const size_t mark = t.arena.mark();
+    const Tokens tokens = chunk_tokens(sequence, c);
+    const int64_t rows = round_up(tokens.length, Ops::kStep);
+    load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), false);
+    const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_);
+    const Rows<E> d_o = load_rows<Ops, T>(t.arena, p_.d_o, tokens, head, p_.dim_v, rows, dim_v_);
+    scale_rows(to, t.decay->total, dim_v_, dim_k_);
+    add_queries(t, Ops::left_transposed(t.arena, d_o, rows, dim_v_), q, rows, to);
+    t.arena.release(mark);
+  }
+
+  // to += dO^T (Q * scale * exp(b))
+  void add_queries(Thread& t, Left d_o_transposed, Rows<E> q, int64_t rows, Rows<C> to) const {
+    const Scaled<Ops> q_scaled = scaled<Ops>(t.arena, q, t.decay->from_start, rows, dim_k_);
+    multiply_scaled<Ops>(to, d_o_transposed, q_scaled, dim_v_, dim_k_, rows);
+  }
+
+  // ---- pass 2: in place, the sum of a segment becomes the state before it, and the gradient of the state behind it
+  void borders(Thread& t, int64_t first, int64_t pieces) const {
+    const Segment& s = segments_[first];
+    int64_t last = first + 1;
+    while (last < pieces && segments_[last].first != 0) ++last;
+    const int64_t offset = (s.sequence * p_.heads + s.head) * p_.dim_k * p_.dim_v;
+    load_transposed(t.sum, p_.initial_state, offset);
+    for (int64_t i = first; i < last; ++i) exchange(t.sum, state(i), carry_[i]);
+    load_transposed(t.sum, p_.d_final_state, offset);
+    for (int64_t i = last - 1; i >= first; --i) exchange(t.sum, d_state(i), carry_[i]);
+    if (p_.d_initial_state == nullptr) return;
+    C* to = static_cast<C*>(p_.d_initial_state) + offset;
+    for (int64_t r = 0; r < p_.dim_k; ++r) {
+      for (int64_t n = 0; n < p_.dim_v; ++n) to[r * p_.dim_v + n] = t.sum.row(n)[r];
+    }
+  }
+
+  // (running, piece) = (carry * running + piece, running)
+  void exchange(Rows<C> running, Rows<C> piece, C carry) const {
+    for (int64_t r = 0; r < dim_v_; ++r) {
+      C *a = running.row(r), *b = piece.row(r);
+      for (int64_t n = 0; n < dim_k_; n += kLanes<C>) {
+        const Vec<C> old = load<C>(a + n);
+        store<C>(a + n, carry * old + load<C>(b + n));
+        store<C>(b + n, old);
+      }
+    }
+  }
+
+  void load_transposed(Rows<C> to, const void* states, int64_t offset) const {
+    clear(to);
+    if (states == nullptr) return;
+    const C* from = static_cast<const C*>(states) + offset;
+    for (int64_t r = 0; r < p_.dim_k; ++r) {
+      for (int64_t n = 0; n < p_.dim_v; ++n) to.row(n)[r] = from[r * p_.dim_v + n];
+    }
+  }
+
+  // ---- pass 3
+  void gradients(Thread& t, const Segment& s) const {
+    if (s.first == s.last) return;
+    const Tokens sequence = sequence_tokens(p_, s.sequence);
+    const int64_t count = s.last - s.first;
+    std::copy(state(s.index).data, state(s.index).data + state_size_, t.before[0].data);
+    for (int64_t c = 0; c + 1 < count; ++c) {
+      std::copy(t.before[c].data, t.before[c].data + state_size_, t.before[c + 1].data);
+      add_to_state(t, sequence, s.head, s.first + c, t.before[c + 1]);
+    }
+    for (int64_t c = count - 1; c >= 0; --c) {
+      chunk(t, chunk_tokens(sequence, s.first + c), s.head, t.before[c], d_state(s.index));
+    }
+  }
+
+  // The sums over a chunk that make up dg. The factor exp(g_t) decays
+  //   every pair of a token j < t and a token i >= t inside the chunk:  rows - columns, summed over i >= t
+  //   the state before the chunk on its way to a token i >= t:          state_to_row, summed over i >= t
+  //   a token j < t on its way out of the chunk:                        row_to_state, summed over j < t
+  //   the state on its way through the chunk:                           through
+  // All are sums inside one chunk of float32 products: no difference of sums over the sequence, which would lose the
+  // more digits the longer it is.
+  struct GateSums {
+    alignas(64) C rows[kChunk], columns[kChunk], state_to_row[kChunk], row_to_state[kChunk];
+    C through;
+  };
+
+  // Gradients of one chunk; d_state goes from behind the chunk to before it.
+  void chunk(Thread& t, const Tokens& tokens, int64_t head, Rows<C> before, Rows<C> d_state) const {
+    const size_t mark = t.arena.mark();
+    constexpr int64_t step = Ops::kStep;
+    const int64_t rows = round_up(tokens.length, step);
+    const Decay<C>& decay = *t.decay;
+    load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), true);
+    const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_);
+    const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_);
+    const Rows<E> v = load_rows<Ops, T>(t.arena, p_.v, tokens, head, p_.dim_v, rows, dim_v_);
+    const Rows<E> d_o = load_rows<Ops, T>(t.arena, p_.d_o, tokens, head, p_.dim_v, rows, dim_v_);
+    GateSums& sums = *t.arena.template take<GateSums>(1);
+
+    // P * D and dP * D, on and below the diagonal.
+    const Rows<C> p = take_rows<C>(t.arena, kChunk, kChunk), d_p = take_rows<C>(t.arena, kChunk, kChunk);
+    const Rows<E> d_p_rows = take_rows<E>(t.arena, kChunk, kChunk);
+    {
+      const size_t inner = t.arena.mark();
+      const Right kt = Ops::right_transposed(t.arena, k, rows, dim_k_);
+      const Right vt = Ops::right_transposed(t.arena, v, rows, dim_v_);
+      for (int64_t r = 0; r < rows; r += step) {
+        Ops::multiply(p.row(r), p.ld, Ops::left(q).at(r, 0), kt, step, r + step, dim_k_, false);
+        Ops::multiply(d_p.row(r), d_p.ld, Ops::left(d_o).at(r, 0), vt, step, r + step, dim_v_, false);
+      }
+      weigh(decay, rows, p, d_p, d_p_rows, sums);
+      t.arena.release(inner);
+    }
+
+    const Rows<C> out = take_rows<C>(t.arena, kChunk, std::max(dim_k_, dim_v_));
+    const size_t inner = t.arena.mark();
+    {
+      const Right state = state_operand(t, before, d_state, decay.total, &sums.through);
+      Ops::multiply(out.data, out.ld, Ops::left(d_o), state, rows, dim_k_, dim_v_, false);
+      finish_rows(out, decay.from_start, q, rows, dim_k_, sums.state_to_row);
+      const Right k_right = Ops::right(t.arena, k, rows, dim_k_);
+      for (int64_t r = 0; r < rows; r += step) {
+        Ops::multiply(out.row(r), out.ld, Ops::left(d_p_rows).at(r, 0), k_right, step, dim_k_, r + step, true);
+      }
+      store_rows<C, T>(p_.dq, tokens, head, p_.dim_k, out);
+      t.arena.release(inner);
+    }
+    {
+      const Right d_right = state_operand(t, d_state, d_state, C(0), nullptr);
+      Ops::multiply(out.data, out.ld, Ops::left(v), d_right, rows, dim_k_, dim_v_, false);
+      finish_rows(out, decay.to_end, k, rows, dim_k_, sums.row_to_state);
+      const Right q_right = Ops::right(t.arena, q, rows, dim_k_);
+      add_from_later_rows(t, out, d_p, q_right, rows, dim_k_);
+      store_rows<C, T>(p_.dk, tokens, head, p_.dim_k, out);
+      t.arena.release(inner);
+    }
+    {
+      const Rows<E> d_rows = Ops::elements(t.arena, d_state.data, d_state.ld, dim_v_, dim_k_);
+      const Right d_right = Ops::right_transposed(t.arena, d_rows, dim_v_, dim_k_);
+      Ops::multiply(out.data, out.ld, Ops::left(k), d_right, rows, dim_v_, dim_k_, false);
+      finish_rows(out, decay.to_end, v, rows, dim_v_, nullptr);
+      const Right d_o_right = Ops::right(t.arena, d_o, rows, dim_v_);
+      add_from_later_rows(t, out, p, d_o_right, rows, dim_v_);
+      store_rows<C, T>(p_.dv, tokens, head, p_.dim_v, out);
+      t.arena.release(inner);
+    }
+    scale_rows(d_state, decay.total, dim_v_, dim_k_);
+    add_queries(t, Ops::left_transposed(t.arena, d_o, rows, dim_v_), q, rows, d_state);
+    store_gate_gradient(tokens, head, sums);
+    t.arena.release(mark);
+  }
+
+  // p *= D, d_p *= D (also as elements), and the row and column sums of p * dP * D off the diagonal.
+  static void weigh(const Decay<C>& decay, int64_t rows, Rows<C> p, Rows<C> d_p, Rows<E> d_p_rows, GateSums& sums) {
+    constexpr int64_t step = Ops::kStep, lanes = kLanes<C>;
+    Vec<C> index;
+    for (int i = 0; i < lanes; ++i) index[i] = static_cast<C>(i);
+    std::fill(sums.columns, sums.columns + kChunk, C(0));
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t end = i / step * step + step;
+      Vec<C> sum = {};
+      for (int64_t j = 0; j < end; j += lanes) {
+        const Vec<C> d = load<C>(decay.pair[i] + j), raw = load<C>(p.row(i) + j);
+        const Vec<C> weighed = d * load<C>(d_p.row(i) + j);
+        store<C>(p.row(i) + j, d * raw);
+        store<C>(d_p.row(i) + j, weighed);
+        Ops::put_elements(d_p_rows.row(i) + j, weighed);
+        const Vec<C> product = index == static_cast<C>(i - j) ? Vec<C>{} : weighed * raw;
+        sum += product;
+        store<C>(sums.columns + j, load<C>(sums.columns + j) + product);
+      }
+      sums.rows[i] = sum_lanes<C>(sum);
+      for (int64_t j = end; j < rows; j += lanes) {  // the transposes below read whole squares
+        store<C>(p.row(i) + j, Vec<C>{});
+        store<C>(d_p.row(i) + j, Vec<C>{});
+      }
+    }
+  }
+
+  // A transposed state as a right operand; on the way total * <other, state>.
+  Right state_operand(Thread& t, Rows<C> state, Rows<C> other, C total, C* through) const {
+    const Right to = Ops::take_right(t.arena, dim_v_, dim_k_);
+    Vec<C> sum = {};
+    for (int64_t r = 0; r < dim_v_; r += 2) {
+      const C *a = state.row(r), *b = state.row(r + 1), *c = other.row(r), *d = other.row(r + 1);
+      for (int64_t n = 0; n < dim_k_; n += kLanes<C>) {
+        const Vec<C> x = load<C>(a + n), y = load<C>(b + n);
+        Ops::put(to, r, n, x, y);
+        if (through != nullptr) sum += x * load<C>(c + n) + y * load<C>(d + n);
+      }
+    }
+    if (through != nullptr) *through = total * sum_lanes<C>(sum);
+    return to;
+  }
+
+  // Each row times its factor; dots[i] = <row i, x_i> of the result, if wanted.
+  static void finish_rows(Rows<C> out, const C* factor, Rows<E> x, int64_t rows, int64_t width, C* dots) {
+    for (int64_t i = 0; i < rows; ++i) {
+      C* row = out.row(i);
+      const E* other = x.row(i);
+      Vec<C> sum = {};
+      for (int64_t n = 0; n < width; n += kLanes<C>) {
+        const Vec<C> y = factor[i] * load<C>(row + n);
+        store<C>(row + n, y);
+        if (dots != nullptr) sum += y * load<C>(other + n);
+      }
+      if (dots != nullptr) dots[i] = sum_lanes<C>(sum);
+    }
+  }
+
+  // out += weights^T right: row j takes from the tokens i >= j.
+  static void add_from_later_rows(Thread& t, Rows<C> out, Rows<C> weights, Right right, int64_t rows, int64_t width) {
+    constexpr int64_t step = Ops::kStep;
+    const Left left = Ops::square_transposed(t.arena, weights.data, weights.ld, rows);
+    for (int64_t r = 0; r < rows; r += step) {
+      Ops::multiply(out.row(r), out.ld, left.at(r, r), right.at(r), step, width, rows - r, true);
+    }
+  }
+
+  void store_gate_gradient(const Tokens& tokens, int64_t head, const GateSums& sums) const {
+    alignas(64) double later[kChunk];
+    double sum = 0;
+    for (int64_t i = tokens.length - 1; i >= 0; --i) {
+      sum += static_cast<double>(sums.rows[i]) - sums.columns[i] + sums.state_to_row[i];
+      later[i] = sum;
+    }
+    double earlier = sums.through;
+    for (int64_t i = 0; i < tokens.length; ++i) {
+      from_float(static_cast<C>(later[i] + earlier), element<G>(p_.dg, tokens.batch, tokens.begin + i, head));
+      earlier += sums.row_to_state[i];
+    }
+  }
+
+  const RetentionBackwardParams& p_;
+  const Launch& launch_;
+  const int64_t dim_k_, dim_v_;  // padded
+  const int64_t ld_, state_size_;
+  Segment* segments_ = nullptr;
+  C* carry_ = nullptr;     // exp of the sum of g over a segment
+  C* states_ = nullptr;    // per segment [dim_v][ld]: its own sum, then the state before it
+  C* d_states_ = nullptr;  // the same of the gradient: its own sum, then the gradient behind it
+};
+
+}  // namespace
+
+const char* retention_backward(const RetentionBackwardParams& p, const Launch& launch) {
+  return with_retention_types(p.dtype, p.gate_dtype, [&](auto t, auto g, auto ops) {
+    return Backward<decltype(t), decltype(g), decltype(ops)>(p, launch).run();
+  });
+}
+
+}  // namespace yoco::cpu::YOCO_ISA
