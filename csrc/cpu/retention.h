@@ -108,10 +108,10 @@ inline void* thread_memory(size_t bytes) {
 // the differences of float32 sums have lost the weak decays behind it. Tokens behind the end have g = 0.
 template <class C>
 struct Decay {
-  alignas(64) C from_start[kChunk];  // scale * exp(b_i)
-  alignas(64) C to_end[kChunk];      // exp(b_C - b_j)
-  C total;                           // exp(b_C)
-  double log_total;                  // b_C
+  alignas(64) C from_start[kChunk];    // scale * exp(b_i)
+  alignas(64) C to_end[kChunk];        // exp(b_C - b_j)
+  C total;                             // exp(b_C)
+  double log_total;                    // b_C
   alignas(64) C pair[kChunk][kChunk];  // scale * exp(b_i - b_j) for i >= j, else 0; rows of whole blocks
 };
 
@@ -277,9 +277,7 @@ void multiply_scaled(Rows<typename Ops::Compute> c, typename Ops::Left left, con
 // Calls f(storage type, gate type, ops): bfloat16 products where the CPU has them, float products elsewhere.
 template <class F>
 const char* with_retention_types(DType dtype, DType gate_dtype, const F& f) {
-  const auto with_gate = [&](auto t, auto ops) {
-    return gate_dtype == dtype ? f(t, t, ops) : f(t, float{}, ops);
-  };
+  const auto with_gate = [&](auto t, auto ops) { return gate_dtype == dtype ? f(t, t, ops) : f(t, float{}, ops); };
   return with_float_type(dtype, [&](auto t) -> const char* {
     using T = decltype(t);
 #if YOCO_HAS_BF16_DOT

@@ -137,9 +137,9 @@ class Forward {
   }
 
   static int64_t first_segment(const Segment* segments, int64_t count, int64_t n, int64_t head) {
-    const Segment* found = std::lower_bound(segments, segments + count, std::pair(n, head), [](const Segment& s, auto x) {
-      return s.sequence != x.first ? s.sequence < x.first : s.head < x.second;
-    });
+    const Segment* found = std::lower_bound(
+        segments, segments + count, std::pair(n, head),
+        [](const Segment& s, auto x) { return s.sequence != x.first ? s.sequence < x.first : s.head < x.second; });
     return found - segments;
   }
 

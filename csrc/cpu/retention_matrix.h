@@ -93,7 +93,8 @@ template <class C>
 void transpose(C* to, int64_t to_ld, const C* from, int64_t from_ld, int64_t rows, int64_t columns) {
   constexpr int n = kLanes<C>;
   for (int64_t r = 0; r < rows; r += n) {
-    for (int64_t c = 0; c < columns; c += n) transpose_square(to + c * to_ld + r, to_ld, from + r * from_ld + c, from_ld);
+    for (int64_t c = 0; c < columns; c += n)
+      transpose_square(to + c * to_ld + r, to_ld, from + r * from_ld + c, from_ld);
   }
 }
 
@@ -265,9 +266,7 @@ struct BFloatOps {
   }
 
  private:
-  static YOCO_INLINE __m256i narrow(Vec<float> x) {
-    return bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(x)));
-  }
+  static YOCO_INLINE __m256i narrow(Vec<float> x) { return bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(x))); }
 };
 
 #endif  // YOCO_HAS_BF16_DOT
