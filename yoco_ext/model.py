@@ -44,10 +44,8 @@ class Decoder(Layer):
         self.layers = nn.ModuleList()
         self.checkpoint_activations = False
 
-    def run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False, **kwargs)
-        return layer(*args, **kwargs)
+    def recomputes(self) -> bool:
+        return self.checkpoint_activations and torch.is_grad_enabled()
 
 
 class SelfDecoder(Decoder):
@@ -77,7 +75,7 @@ class SelfDecoder(Decoder):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
         packed = {"cu_seqlens": cu_seqlens} if self.has_state else {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         for layer in self.layers:
-            x = self.run(layer, x, **packed)
+            x = checkpoint(layer, x, use_reentrant=False, **packed) if self.recomputes() else layer(x, **packed)
         return x
 
     def extend(self, x: Tensor, cache: YOCOCache, chunk: Chunk) -> Tensor:
@@ -116,8 +114,20 @@ class CrossDecoder(Decoder):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
         k, v = self.keys_values(x)
         shared_kv = self.ops.SharedKV(self.rotary(k, cu_seqlens=cu_seqlens), v)
+        packed = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        if not self.recomputes():
+            for layer in self.layers:
+                x = layer(x, shared_kv, **packed)
+            return x
+        # A compiled checkpoint may not change objects from outside, so the SharedKV goes through as its tensors.
+        tensors = shared_kv.tensors()
         for layer in self.layers:
-            x = self.run(layer, x, shared_kv, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+
+            def on_tensors(x: Tensor, *tensors: Tensor | None, layer: nn.Module = layer) -> tuple[Tensor | None, ...]:
+                shared_kv = self.ops.SharedKV.from_tensors(*tensors)
+                return layer(x, shared_kv, **packed), *shared_kv.tensors()
+
+            x, *tensors = checkpoint(on_tensors, x, *tensors, use_reentrant=False)
         return x
 
     def append(self, x: Tensor, cache: YOCOCache, chunk: Chunk) -> None:

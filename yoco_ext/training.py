@@ -98,7 +98,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=model.device)
+        total = torch.zeros((), dtype=torch.float64, device=model.device)
         for i in range(config.accumulate):
             tokens = self.batches[self.step * config.accumulate + i].to(model.device, non_blocking=True)
             with autocast(model.device, config.precision):

@@ -30,6 +30,15 @@ class SharedKV:
         found = {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens, "seqused_k": self.seqused_k}
         return {name: value for name, value in found.items() if value is not None}
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Everything this object is made of."""
+        return self.k, self.v, self.cu_seqlens, self.seqused_k
+
+    @classmethod
+    def from_tensors(cls, *tensors: Any) -> SharedKV:
+        """The object that `tensors` took apart."""
+        return cls(*tensors)
+
 
 def _boundaries(argument: str, cu_seqlens: Tensor, time: int) -> list[int]:
     bounds = cu_seqlens.tolist()
