@@ -38,19 +38,21 @@ YOCO_DEVICE void cp_async_wait() {
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. Lane l receives of
 // matrix m the elements (l / 4, 2 * (l % 4)) and the next one in r[m].
-YOCO_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+YOCO_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(shared_row)
                : "memory");
 }
+YOCO_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix_x4(r, shared_address(row)); }
 // The same with every 8x8 matrix transposed.
-YOCO_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+YOCO_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(shared_row)
                : "memory");
 }
+YOCO_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ldmatrix_x4_trans(r, shared_address(row)); }
 
 // d[16 x 8] += a[16 x 16] b[16 x 8], float32 accumulation. Fragments, g = lane / 4, t = lane % 4:
 //   a[0] (g, 2t..), a[1] (g + 8, 2t..), a[2] (g, 2t + 8..), a[3] (g + 8, 2t + 8..)

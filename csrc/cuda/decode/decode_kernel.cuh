@@ -9,6 +9,7 @@
 // docs/cuda_decode.md has the derivation and the budgets.
 #pragma once
 
+#include "cuda/core/reduce.cuh"
 #include "cuda/decode/dequant.cuh"
 #include "cuda/decode/keys.cuh"
 
@@ -18,6 +19,8 @@ template <typename T_, typename Cache_, int kHeadDim, int kRowWarps_>
 struct DecodeConfig {
   using T = T_;
   using Cache = Cache_;
+  // Operand type of the tensor cores; see dequant.cuh.
+  using M = typename std::conditional<sizeof(Cache) == 1, __half, T>::type;
   static constexpr int kD = kHeadDim;
   static constexpr bool kNarrow = sizeof(Cache) == 1;
   static constexpr int kKeys = static_cast<int>(decode_tile_keys(kHeadDim));  // per block and stage
@@ -33,7 +36,8 @@ struct DecodeConfig {
   static constexpr int kTileBytes = kKeys * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;
   static constexpr int kQBytes = kRows * kD * 2;
-  static constexpr int kMergeStride = kD + 8;  // floats; the padding keeps rows of a fragment in different banks
+  // Floats; the padding keeps the rows of a fragment in different banks (stores of 2, with a narrow cache 4 floats).
+  static constexpr int kMergeStride = kD + (kNarrow ? 16 : 8);
   static constexpr int kMergeBytes = kTeams * kRows * (kMergeStride + 2) * 4;
   static constexpr int kMinStages = 2, kMaxStages = 4;
   static constexpr bool kQInRegisters = kD <= 128;
@@ -72,86 +76,152 @@ YOCO_DEVICE PackedRow packed_row(int64_t r, int64_t group) {
   return {t, r - t * group};
 }
 
-// Copies one stage (K and V rows) of the keys at `position`; per warp, kLoadRows rows. The offsets of its rows are
-// looked up one stage ahead, so that the block table's latency is not in the way of the copies.
+// Copies one stage (K and V rows); per warp, kLoadRows rows. Where they lie is looked up one stage ahead, so that the
+// block table's latency is not in the way of the copies.
 template <typename C>
 struct TileLoader {
   using Cache = typename C::Cache;
-  const Cache *k, *v;  // of this KV head
-  int warp_row;        // first row of this warp in the tile
-  int lane;
-  int k_bytes, v_bytes;  // valid bytes per row
-  DecodeKeys::Offsets next;
+  static constexpr int kRowsPerPass = 32 / C::kChunks, kPasses = C::kLoadRows / kRowsPerPass;
+  static_assert(C::kChunks <= 32, "a row is at most one pass");
 
-  YOCO_DEVICE void look_up(DecodeKeys& keys, int64_t tile_begin) {
-    next = lane < C::kLoadRows ? keys.locate(tile_begin + warp_row + lane) : DecodeKeys::Offsets{-1, -1};
+  const Cache *k, *v;          // of this KV head, at this lane's column
+  int64_t k_stride, v_stride;  // elements from key to key
+  int warp_row;                // first row of this warp in the tile
+  int lane, chunk;
+  int k_bytes, v_bytes;  // valid bytes of this lane's chunk
+  // The next tile: rows [row_begin, row_end) of the warp are there; `next` is the first row's place when they are
+  // consecutive, else this lane's row's.
+  DecodeKeys::Offsets next;
+  bool consecutive;
+  int row_begin, row_end;
+
+  YOCO_DEVICE TileLoader(const DecodeKeys& keys, int64_t kv_head, int warp, int lane_) : lane(lane_) {
+    chunk = lane % C::kChunks;
+    warp_row = warp * C::kLoadRows;
+    constexpr int kSize = sizeof(Cache);
+    k = static_cast<const Cache*>(keys.k().data) + kv_head * keys.k().head_stride + chunk * (16 / kSize);
+    v = static_cast<const Cache*>(keys.v().data) + kv_head * keys.v().head_stride + chunk * (16 / kSize);
+    k_stride = keys.k().time_stride;
+    v_stride = keys.v().time_stride;
+    k_bytes = static_cast<int>(clamp_index(keys.p.dim_qk * kSize - chunk * 16, 0, 16));
+    v_bytes = static_cast<int>(clamp_index(keys.p.dim_v * kSize - chunk * 16, 0, 16));
   }
 
+  YOCO_DEVICE void look_up(DecodeKeys& keys, int64_t tile_begin) {
+    const int64_t position = tile_begin + warp_row;
+    row_begin = static_cast<int>(clamp_index(keys.first - position, 0, C::kLoadRows));
+    row_end = static_cast<int>(clamp_index(keys.end - position, 0, C::kLoadRows));
+    next = {0, 0, false};
+    consecutive = true;
+    if (row_begin >= row_end) {
+      row_end = 0;
+      return;
+    }
+    consecutive = keys.consecutive(position, C::kLoadRows);
+    if (consecutive) {
+      next = keys.locate(position);
+      if (!next.found) row_end = 0;
+    } else if (lane >= row_begin && lane < row_end) {
+      next = keys.locate(position + lane);
+    }
+  }
+
+  // Addresses of rows that are not there are never read: the copy then has 0 bytes and writes zeros.
   YOCO_DEVICE void copy(char* stage) const {
-    constexpr int kPasses = C::kLoadRows * C::kChunks / 32;
+    if (consecutive) {
+      const Cache* k_row = k + next.k + lane / C::kChunks * k_stride;
+      const Cache* v_row = v + next.v + lane / C::kChunks * v_stride;
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int index = pass * 32 + lane, row = index / C::kChunks, chunk = index % C::kChunks;
-      const int64_t k_offset = __shfl_sync(0xffffffffu, next.k, row), v_offset = __shfl_sync(0xffffffffu, next.v, row);
-      char* to = stage + swizzled<C::kChunks>(warp_row + row, chunk);
-      const int column = chunk * 16 / static_cast<int>(sizeof(Cache));
-      const bool valid = k_offset >= 0;
-      const int k_left = valid ? min(max(k_bytes - chunk * 16, 0), 16) : 0;
-      const int v_left = valid ? min(max(v_bytes - chunk * 16, 0), 16) : 0;
-      cp_async_16_partial(to, k + (k_left > 0 ? k_offset + column : 0), k_left);
-      cp_async_16_partial(to + C::kTileBytes, v + (v_left > 0 ? v_offset + column : 0), v_left);
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = pass * kRowsPerPass + lane / C::kChunks;
+        const bool there = row >= row_begin && row < row_end;
+        char* to = stage + swizzled<C::kChunks>(warp_row + row, chunk);
+        cp_async_16_partial(to, k_row, there ? k_bytes : 0);
+        cp_async_16_partial(to + C::kTileBytes, v_row, there ? v_bytes : 0);
+        k_row += kRowsPerPass * k_stride;
+        v_row += kRowsPerPass * v_stride;
+      }
+    } else {
+#pragma unroll 1
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = pass * kRowsPerPass + lane / C::kChunks;
+        const bool there = __shfl_sync(0xffffffffu, next.found, row);
+        char* to = stage + swizzled<C::kChunks>(warp_row + row, chunk);
+        cp_async_16_partial(to, k + __shfl_sync(0xffffffffu, next.k, row), there ? k_bytes : 0);
+        cp_async_16_partial(to + C::kTileBytes, v + __shfl_sync(0xffffffffu, next.v, row), there ? v_bytes : 0);
+      }
     }
   }
 };
 
-// Rows of Q into shared memory, 16 bytes at a time where there is a row, zeros elsewhere. For a narrow cache the pairs
-// of every 16 columns are reordered (0 4 1 5 2 6 3 7 becomes their place): pair 2i goes to i, pair 2i + 1 to 4 + i,
-// which matches four neighbouring bytes of K in one register.
+// Rows of Q into shared memory as M, zeros where there is no row or column. With a narrow cache each row is scaled by a
+// power of two into half's range, and the pairs of every 16 columns are reordered: pair 2i goes to place i, pair 2i + 1
+// to 4 + i, which matches four neighbouring bytes of K in one register. row_scale[row] undoes the scaling.
 template <typename C>
-YOCO_DEVICE void load_q(char* q_shared, const DecodeParams& p, int64_t b, int64_t kv_head, int64_t first_row,
-                        int64_t rows, int64_t group) {
+YOCO_DEVICE void load_q(char* q_shared, float* row_scale, const DecodeParams& p, int64_t b, int64_t kv_head,
+                        int64_t first_row, int64_t rows, int64_t group) {
   using T = typename C::T;
   constexpr int kChunks = C::kD / 8;
-  for (int i = threadIdx.x; i < C::kRows * kChunks; i += C::kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
+  const int lane = threadIdx.x % 32;
+  const auto read = [&](int row, int chunk) {
     Vec<T, 8> q{};
     if (first_row + row < rows && chunk * 8 < p.dim_qk) {
       const PackedRow r = packed_row(first_row + row, group);
       q = load_const<8>(static_cast<const T*>(p.q.data) + b * p.q.batch_stride + r.t * p.q.time_stride +
                         (kv_head * group + r.head) * p.q.head_stride + chunk * 8);
     }
-    if constexpr (C::kNarrow) {
-      const auto* pairs = reinterpret_cast<const uint32_t*>(&q);
+    return q;
+  };
+  if constexpr (!C::kNarrow) {
+    for (int i = threadIdx.x; i < C::kRows * kChunks; i += C::kThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      store(reinterpret_cast<T*>(q_shared + swizzled<kChunks>(row, chunk)), read(row, chunk));
+    }
+  } else {
+    for (int row = threadIdx.x / 32; row < C::kRows; row += C::kWarps) {  // a warp per row, a lane per chunk
+      const bool active = lane < kChunks;
+      Vec<T, 8> q{};
+      if (active) q = read(row, lane);
+      float largest = 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(to_float(q[i])));
+      largest = group_max(largest);
+      // 2^14 <= largest * 2^-exponent < 2^15; bounds keep both factors normal.
+      const int exponent = min(max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, -100), 100) - 14;
+      const float scale = largest == 0.f ? 1.f : __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
+      if (lane == 0) row_scale[row] = 1.f / scale;
+      if (!active) continue;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int pair = chunk % 2 * 4 + j;                         // within 16 columns
+        const int pair = lane % 2 * 4 + j;                          // within 16 columns
         const int place = pair % 2 == 0 ? pair / 2 : 4 + pair / 2;  // 0..7: two chunks of four pairs
-        *reinterpret_cast<uint32_t*>(q_shared + swizzled<kChunks>(row, chunk / 2 * 2 + place / 4) + place % 4 * 4) =
-            pairs[j];
+        *reinterpret_cast<uint32_t*>(q_shared + swizzled<kChunks>(row, lane / 2 * 2 + place / 4) + place % 4 * 4) =
+            pack2<__half>(to_float(q[2 * j]) * scale, to_float(q[2 * j + 1]) * scale);
       }
-    } else {
-      store(reinterpret_cast<T*>(q_shared + swizzled<kChunks>(row, chunk)), q);
     }
   }
 }
 
-// A fragment of 16 rows x 16 columns of Q.
-template <typename C>
-YOCO_DEVICE void q_fragment(uint32_t (&a)[4], const char* q_shared, int warp_row, int k_step, int lane) {
-  ldmatrix_x4(a, q_shared + swizzled<C::kD / 8>(warp_row + lane % 16, k_step * 2 + lane / 16));
+// Shared address of this lane's row for ldmatrix at chunk pair 0. Rows are aligned to their size, so chunk c of the row
+// is at address ^ (c * 16) for even c, and eight rows further down lie at a constant distance.
+template <int kChunks>
+YOCO_DEVICE uint32_t lane_address(const char* tile, int row, int chunk) {
+  return shared_address(tile + swizzled<kChunks>(row, chunk));
 }
 
-// s[16 rows x kTeamKeys] = Q K^T for the team's keys, which start at row `first` of the K tile.
+// s[16 rows x kTeamKeys] = Q K^T for the team's keys, which start at row `first` of the K tile. q_address: this lane's
+// row of Q, used when Q is not in registers.
 template <typename C>
-YOCO_DEVICE void multiply_qk(float (&s)[C::kTeamKeys / 8][4], const uint32_t (*q)[4], const char* q_shared, int q_row,
+YOCO_DEVICE void multiply_qk(float (&s)[C::kTeamKeys / 8][4], const uint32_t (*q)[4], uint32_t q_address,
                              const char* k_tile, int first, int lane) {
-  using T = typename C::T;
+  using M = typename C::M;
   constexpr int kNTiles = C::kTeamKeys / 8, kKSteps = C::kD / 16;
 #pragma unroll
   for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
   }
+  const uint32_t address = lane_address<C::kChunks>(k_tile, first + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   // Two k-steps at a time: one ldmatrix of a narrow tile holds both.
 #pragma unroll
   for (int step = 0; step < kKSteps; step += 2) {
@@ -162,28 +232,28 @@ YOCO_DEVICE void multiply_qk(float (&s)[C::kTeamKeys / 8][4], const uint32_t (*q
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[j][i] = q[step + j][i];
       } else {
-        q_fragment<C>(a[j], q_shared, q_row, step + j, lane);
+        ldmatrix_x4(a[j], q_address ^ (step + j) * 32);
       }
     }
 #pragma unroll
     for (int n = 0; n < kNTiles; n += 2) {
-      const int row = first + n * 8 + lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
+      const uint32_t distance = n * 8 * C::kRowBytes;
       uint32_t b[4];
       if constexpr (C::kNarrow) {
         // b[0], b[1]: keys 0..7 for both k-steps; b[2], b[3]: keys 8..15
-        ldmatrix_x4(b, k_tile + swizzled<C::kChunks>(row, step + half));
+        ldmatrix_x4(b, (address ^ step * 16) + distance);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint32_t low, high;
-          Dequant<T, typename C::Cache>::run(b[i], low, high);
-          mma_16816<T>(s[n + i / 2], a[i % 2], low, high);
+          dequantise(typename C::Cache{}, b[i], low, high);
+          mma_16816<M>(s[n + i / 2], a[i % 2], low, high);
         }
       } else {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          ldmatrix_x4(b, k_tile + swizzled<C::kChunks>(row, (step + j) * 2 + half));
-          mma_16816<T>(s[n], a[j], b[0], b[1]);
-          mma_16816<T>(s[n + 1], a[j], b[2], b[3]);
+          ldmatrix_x4(b, (address ^ (step + j) * 32) + distance);
+          mma_16816<M>(s[n], a[j], b[0], b[1]);
+          mma_16816<M>(s[n + 1], a[j], b[2], b[3]);
         }
       }
     }
@@ -194,27 +264,27 @@ YOCO_DEVICE void multiply_qk(float (&s)[C::kTeamKeys / 8][4], const uint32_t (*q
 template <typename C>
 YOCO_DEVICE void multiply_pv(float (&o)[C::kD / 8][4], const uint32_t (&p)[C::kTeamKeys / 16][4], const char* v_tile,
                              int first, int lane) {
-  using T = typename C::T;
+  using M = typename C::M;
+  const uint32_t address = lane_address<C::kChunks>(v_tile, first + lane % 16, lane / 16);
 #pragma unroll
   for (int step = 0; step < C::kTeamKeys / 16; ++step) {
-    const int row = first + step * 16 + lane % 16;
 #pragma unroll
     for (int n = 0; n < C::kD / 8; n += C::kNarrow ? 4 : 2) {
       uint32_t b[4];
-      const int chunk = (C::kNarrow ? n / 2 : n) + lane / 16;
-      ldmatrix_x4_trans(b, v_tile + swizzled<C::kChunks>(row, chunk));
+      const int chunk = C::kNarrow ? n / 2 : n;
+      ldmatrix_x4_trans(b, (address ^ chunk * 16) + step * 16 * C::kRowBytes);
       if constexpr (C::kNarrow) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           uint32_t even[2], odd[2];
-          Dequant<T, typename C::Cache>::run(swap_middle_bytes(b[2 * j]), even[0], odd[0]);
-          Dequant<T, typename C::Cache>::run(swap_middle_bytes(b[2 * j + 1]), even[1], odd[1]);
-          mma_16816<T>(o[n + 2 * j], p[step], even[0], even[1]);
-          mma_16816<T>(o[n + 2 * j + 1], p[step], odd[0], odd[1]);
+          dequantise(typename C::Cache{}, swap_middle_bytes(b[2 * j]), even[0], odd[0]);
+          dequantise(typename C::Cache{}, swap_middle_bytes(b[2 * j + 1]), even[1], odd[1]);
+          mma_16816<M>(o[n + 2 * j], p[step], even[0], even[1]);
+          mma_16816<M>(o[n + 2 * j + 1], p[step], odd[0], odd[1]);
         }
       } else {
-        mma_16816<T>(o[n], p[step], b[0], b[1]);
-        mma_16816<T>(o[n + 1], p[step], b[2], b[3]);
+        mma_16816<M>(o[n], p[step], b[0], b[1]);
+        mma_16816<M>(o[n + 1], p[step], b[2], b[3]);
       }
     }
   }
@@ -225,15 +295,18 @@ YOCO_DEVICE bool is_finite(Cache x) {
   return fabsf(to_float(x)) < INFINITY;
 }
 
-// The product above gives NaN where a key that a row does not see holds NaN or infinity (0 * NaN). Only keys at the
-// edge of somebody's window can do that; if such a tile has one, it goes this way: no product with a key that is not
-// seen.
+// The product above gives NaN where a key that a row does not see holds NaN or infinity (0 * NaN). Only tiles with keys
+// that some rows see and others do not can do that; if such a tile has one, it goes this way: no product with a key
+// that is not seen. Rare, so it is small rather than fast: the accumulator goes through local memory to keep the loops
+// rolled.
 template <typename C>
 YOCO_DEVICE bool any_not_finite(const char* v_tile, int first, int lane) {
   bool found = false;
+#pragma unroll 1
   for (int i = lane; i < C::kTeamKeys * C::kChunks; i += 32) {
     const auto* at = reinterpret_cast<const typename C::Cache*>(
         v_tile + swizzled<C::kChunks>(first + i / C::kChunks, i % C::kChunks));
+#pragma unroll 1
     for (int e = 0; e < kVec<typename C::Cache>; ++e) found |= !is_finite(at[e]);
   }
   return __any_sync(0xffffffffu, found);
@@ -241,33 +314,47 @@ YOCO_DEVICE bool any_not_finite(const char* v_tile, int first, int lane) {
 template <typename C, typename Sees>
 YOCO_DEVICE void multiply_pv_seen(float (&o)[C::kD / 8][4], const uint32_t (&p)[C::kTeamKeys / 16][4],
                                   const char* v_tile, int first, int lane, Sees sees) {
-  using T = typename C::T;
+  using M = typename C::M;
   using Cache = typename C::Cache;
   constexpr int kPerChunk = kVec<Cache>;
+  float sum[C::kD / 8][4];
+  uint32_t weights[C::kTeamKeys / 16][4];
+#pragma unroll
+  for (int n = 0; n < C::kD / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[n][i] = o[n][i];
+  }
 #pragma unroll
   for (int step = 0; step < C::kTeamKeys / 16; ++step) {
-    for (int key = 0; key < 16; ++key) {
-      float weight[2];  // of rows g and g + 8; the fragment register and lane that hold this key
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t low = __shfl_sync(0xffffffffu, p[step][h], lane / 4 * 4 + key % 8 / 2);
-        const uint32_t high = __shfl_sync(0xffffffffu, p[step][2 + h], lane / 4 * 4 + key % 8 / 2);
-        const uint32_t both = key < 8 ? low : high;
-        const uint16_t bits = static_cast<uint16_t>(key % 2 == 0 ? both : both >> 16);
-        weight[h] = to_float(*reinterpret_cast<const T*>(&bits));
-      }
-      const int row = first + step * 16 + key;
-#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[step][i] = p[step][i];
+  }
+#pragma unroll 1
+  for (int key = 0; key < C::kTeamKeys; ++key) {
+#pragma unroll 1
+    for (int h = 0; h < 2; ++h) {
+      // The fragment register and the lane of the quad that hold row g + 8 h and this key.
+      const uint32_t pair =
+          __shfl_sync(0xffffffffu, weights[key / 16][key % 16 / 8 * 2 + h], lane / 4 * 4 + key % 8 / 2);
+      const uint16_t bits = static_cast<uint16_t>(key % 2 == 0 ? pair : pair >> 16);
+      const float weight = to_float(*reinterpret_cast<const M*>(&bits));
+      if (!sees(h, key)) continue;
+#pragma unroll 1
       for (int n = 0; n < C::kD / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (!sees(i / 2, step * 16 + key)) continue;
-          const int column = output_column<C::kNarrow>(n, lane, i % 2);
-          const auto* chunk = reinterpret_cast<const Cache*>(v_tile + swizzled<C::kChunks>(row, column / kPerChunk));
-          o[n][i] += weight[i / 2] * to_float(chunk[column % kPerChunk]);
+#pragma unroll 1
+        for (int e = 0; e < 2; ++e) {
+          const int column = output_column<C::kNarrow>(n, lane, e);
+          const auto* chunk =
+              reinterpret_cast<const Cache*>(v_tile + swizzled<C::kChunks>(first + key, column / kPerChunk));
+          sum[n][2 * h + e] += weight * to_float(chunk[column % kPerChunk]);
         }
       }
     }
+  }
+#pragma unroll
+  for (int n = 0; n < C::kD / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) o[n][i] = sum[n][i];
   }
 }
 
@@ -277,7 +364,7 @@ __global__ void __launch_bounds__(C::kThreads)
                   const int64_t row_tiles, const int stages) {
   using T = typename C::T;
   using Cache = typename C::Cache;
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   char* const q_shared = shared;
   char* const ring = shared + C::kQBytes;
 
@@ -292,13 +379,7 @@ __global__ void __launch_bounds__(C::kThreads)
   const int count = static_cast<int>(keys.end - keys.begin);
   const int tiles = (count + C::kKeys - 1) / C::kKeys;
 
-  TileLoader<C> loader;
-  loader.k = static_cast<const Cache*>(keys.k().data) + kv_head * keys.k().head_stride;
-  loader.v = static_cast<const Cache*>(keys.v().data) + kv_head * keys.v().head_stride;
-  loader.warp_row = warp * C::kLoadRows;
-  loader.lane = lane;
-  loader.k_bytes = static_cast<int>(p.dim_qk * sizeof(Cache));
-  loader.v_bytes = static_cast<int>(p.dim_v * sizeof(Cache));
+  TileLoader<C> loader(keys, kv_head, warp, lane);
 
   // ---- fill the ring, then Q while the copies fly ----
   int to_copy = 0;  // next tile to copy
@@ -312,17 +393,22 @@ __global__ void __launch_bounds__(C::kThreads)
     cp_async_commit();  // an empty group keeps the count of groups in step with the tiles
   };
   for (int slot = 0; slot < stages - 1; ++slot) copy_next(slot);
-  load_q<C>(q_shared, p, b, kv_head, first_row, rows, group);
+  __shared__ float q_scale[C::kNarrow ? C::kRows : 1];
+  load_q<C>(q_shared, q_scale, p, b, kv_head, first_row, rows, group);
   __syncthreads();
+  const uint32_t q_address = lane_address<C::kD / 8>(q_shared, row_warp * 16 + lane % 16, lane / 16);
   uint32_t q[C::kQInRegisters ? C::kD / 16 : 1][4];
   if constexpr (C::kQInRegisters) {
 #pragma unroll
-    for (int step = 0; step < C::kD / 16; ++step) q_fragment<C>(q[step], q_shared, row_warp * 16, step, lane);
+    for (int step = 0; step < C::kD / 16; ++step) ldmatrix_x4(q[step], q_address ^ step * 32);
   }
 
   // ---- what the two rows of this lane see: keys [low, high), counted from keys.begin ----
   int low[2], high[2];
-  float slope[2], diagonal[2];
+  float slope[2], diagonal[2], scale[2];
+  const bool biased = p.alibi_slopes != nullptr && !keys.latent;
+  const float k_scale = p.k_scale != nullptr && !keys.latent ? p.k_scale[kv_head] : 1.f;
+  const float v_scale = p.v_scale != nullptr && !keys.latent ? p.v_scale[kv_head] : 1.f;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t r = first_row + row_warp * 16 + lane / 4 + h * 8;
@@ -330,18 +416,19 @@ __global__ void __launch_bounds__(C::kThreads)
     const KeyRange seen = keys.row_range(row.t);
     low[h] = static_cast<int>(clamp_index(seen.begin - keys.begin, 0, count));
     high[h] = static_cast<int>(clamp_index(seen.end - keys.begin, 0, count));
-    const bool biased = p.alibi_slopes != nullptr && !keys.latent;
     slope[h] =
         biased ? p.alibi_slopes[b * p.alibi_batch_stride + kv_head * group + row.head] * DecodeLogits::kLog2e : 0.f;
     diagonal[h] = static_cast<float>(row.t + keys.length - p.time_q - keys.begin);
+    // With a softcap the logarithm's base changes behind it.
+    scale[h] = static_cast<float>(p.scale) * k_scale;
+    if (p.softcap <= 0.) scale[h] *= DecodeLogits::kLog2e;
+    if constexpr (C::kNarrow) scale[h] *= q_scale[row_warp * 16 + lane / 4 + h * 8];
   }
   // Tiles inside [all_low, all_high) are seen by every row: no mask.
   const int all_low = static_cast<int>(clamp_index(keys.row_range(p.time_q - 1).begin - keys.begin, 0, count));
   const int all_high = static_cast<int>(clamp_index(keys.row_range(0).end - keys.begin, 0, count));
-  const bool biased = p.alibi_slopes != nullptr && !keys.latent;
-  const float k_scale = p.k_scale != nullptr && !keys.latent ? p.k_scale[kv_head] : 1.f;
-  const float v_scale = p.v_scale != nullptr && !keys.latent ? p.v_scale[kv_head] : 1.f;
-  const DecodeLogits logits{static_cast<float>(p.scale) * k_scale, static_cast<float>(p.softcap)};
+  const int any_low = static_cast<int>(keys.first - keys.begin);
+  const DecodeLogits logits{static_cast<float>(p.softcap)};
 
   float o[C::kD / 8][4];
 #pragma unroll
@@ -376,7 +463,7 @@ __global__ void __launch_bounds__(C::kThreads)
     const int begin = tile * C::kKeys + team_first;
     if (begin >= count) continue;
     float s[C::kTeamKeys / 8][4];
-    multiply_qk<C>(s, q, q_shared, row_warp * 16, k_tile, team_first, lane);
+    multiply_qk<C>(s, q, q_address, k_tile, team_first, lane);
     const bool edge = begin < all_low || begin + C::kTeamKeys > all_high;
     float tile_max[2] = {-INFINITY, -INFINITY};
 #pragma unroll
@@ -384,7 +471,7 @@ __global__ void __launch_bounds__(C::kThreads)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = begin + n * 8 + lane % 4 * 2 + i % 2;
-        float x = logits(s[n][i]);
+        float x = logits(s[n][i], scale[i / 2]);
         if (biased) x -= slope[i / 2] * fabsf(diagonal[i / 2] - key);
         if (edge && (key < low[i / 2] || key >= high[i / 2])) x = -INFINITY;
         s[n][i] = x;
@@ -409,7 +496,7 @@ __global__ void __launch_bounds__(C::kThreads)
       for (int h = 0; h < 2; ++h) {
         const float a = exp2_approx(s[n][2 * h] - offset[h]), c = exp2_approx(s[n][2 * h + 1] - offset[h]);
         row_sum[h] += a + c;
-        weights[n / 2][n % 2 * 2 + h] = pack2<T>(a, c);
+        weights[n / 2][n % 2 * 2 + h] = pack2<typename C::M>(a, c);
       }
     }
     // The maximum settles early in a long cache; then the accumulator stays as it is.
@@ -420,7 +507,8 @@ __global__ void __launch_bounds__(C::kThreads)
         for (int i = 0; i < 4; ++i) o[n][i] *= correction[i / 2];
       }
     }
-    if (edge && any_not_finite<C>(v_tile, team_first, lane)) {
+    const bool ragged = (any_low < all_low && begin < all_low) || (all_high < count && begin + C::kTeamKeys > all_high);
+    if (ragged && any_not_finite<C>(v_tile, team_first, lane)) {
       multiply_pv_seen<C>(o, weights, v_tile, team_first, lane,
                           [&](int h, int key) { return begin + key >= low[h] && begin + key < high[h]; });
     } else {
@@ -439,11 +527,17 @@ __global__ void __launch_bounds__(C::kThreads)
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     const int row = team * C::kRows + row_warp * 16 + lane / 4 + h * 8;
+    float* to = merged + row * C::kMergeStride;
+    if constexpr (C::kNarrow) {
 #pragma unroll
-    for (int n = 0; n < C::kD / 8; ++n) {
+      for (int n = 0; n < C::kD / 8; n += 2) {
+        store(to + output_column<true>(n, lane, 0),
+              Vec<float, 4>{o[n][2 * h], o[n + 1][2 * h], o[n][2 * h + 1], o[n + 1][2 * h + 1]});
+      }
+    } else {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        merged[row * C::kMergeStride + output_column<C::kNarrow>(n, lane, e)] = o[n][2 * h + e];
+      for (int n = 0; n < C::kD / 8; ++n) {
+        store(to + output_column<false>(n, lane, 0), Vec<float, 2>{o[n][2 * h], o[n][2 * h + 1]});
       }
     }
     if (lane % 4 == 0) {

@@ -13,7 +13,9 @@ struct DecodeKeys {
   bool latent;
   int64_t batch;
   int64_t length;      // keys of the segment
-  int64_t begin, end;  // of this piece: keys that at least one row may see
+  int64_t first, end;  // of this piece: keys that at least one row may see
+  int64_t begin;       // where its tiles start: `first` or, in the first piece of a window, up to 15 keys before it, so
+                       // that the 16 rows of a warp never straddle two pages whose size is a multiple of 16
   bool invalid;        // lengths or pages outside the cache: the result is NaN, nothing is read out of range
 
   YOCO_DEVICE DecodeKeys(const DecodeParams& params, const DecodeSegment& segment, int64_t b, int64_t split,
@@ -39,12 +41,12 @@ struct DecodeKeys {
         all.begin = all.end - p.capacity;
       }
     }
-    const int64_t tiles = (all.end - all.begin + tile_keys - 1) / tile_keys;
+    const int64_t origin = all.begin / 16 * 16;
+    const int64_t tiles = (all.end - origin + tile_keys - 1) / tile_keys;
     const KeyRange mine = split_tiles(tiles, segment.splits, segment.min_tiles, split);
-    begin = all.begin + mine.begin * tile_keys;
-    end = all.begin + mine.end * tile_keys;
-    if (end > all.end) end = all.end;
-    if (begin > end) begin = end;
+    end = clamp_index(origin + mine.end * tile_keys, 0, all.end);
+    begin = clamp_index(origin + mine.begin * tile_keys, 0, end);
+    first = clamp_index(all.begin, begin, end);
   }
 
   // Keys that query token t sees, as positions in the segment.
@@ -56,14 +58,21 @@ struct DecodeKeys {
   YOCO_DEVICE const View& k() const { return latent ? p.latent_k : p.k_cache; }
   YOCO_DEVICE const View& v() const { return latent ? p.latent_v : p.v_cache; }
 
-  // Offsets (elements, head 0) of the rows of key `position`; k < 0: there is no such row.
+  // Whether keys position .. position + count - 1 lie in consecutive rows of one page or batch row.
+  YOCO_DEVICE bool consecutive(int64_t position, int count) const {
+    if (latent || (!p.ring && p.block_table == nullptr)) return true;
+    // Positions and capacities are below 2^31: 32-bit divisions.
+    const uint32_t period = static_cast<uint32_t>(p.ring ? p.capacity : p.page_size);
+    return static_cast<uint32_t>(position) % period + count <= period;
+  }
+
+  // Offsets (elements, head 0) of the rows of a key in [first, end). A page outside the cache makes the result invalid.
   struct Offsets {
     int64_t k, v;
+    bool found;
   };
   YOCO_DEVICE Offsets locate(int64_t position) {
-    if (position >= end) return {-1, -1};
     int64_t outer = batch;
-    // Positions and capacities are below 2^31: 32-bit divisions.
     uint32_t slot = static_cast<uint32_t>(position);
     if (!latent) {
       if (p.ring) slot %= static_cast<uint32_t>(p.capacity);
@@ -73,27 +82,26 @@ struct DecodeKeys {
         outer = __ldg(p.block_table + batch * p.max_pages + entry);
         if (outer < 0 || outer >= p.num_pages) {
           invalid = true;
-          return {-1, -1};
+          return {0, 0, false};
         }
       }
     }
-    return {outer * k().batch_stride + slot * k().time_stride, outer * v().batch_stride + slot * v().time_stride};
+    return {outer * k().batch_stride + slot * k().time_stride, outer * v().batch_stride + slot * v().time_stride, true};
   }
 };
 
-// Logits become base-2 exponents: softcap, then alibi (main segment), then log2(e).
+// Logits in base 2: q k^T times its scale (one per row; log2(e) is in it unless there is a softcap), softcapped.
 struct DecodeLogits {
   static constexpr float kLog2e = 1.4426950408889634f;
-  float scale;    // of q k^T
   float softcap;  // 0: none
-  YOCO_DEVICE float operator()(float s) const {
+  YOCO_DEVICE float operator()(float s, float scale) const {
     s *= scale;
     if (softcap > 0.f) {
       // tanh(x) = 1 - 2 / (1 + e^2x); saturates correctly on both sides
       const float e = __expf(2.f * s / softcap);
-      s = softcap * (1.f - __fdividef(2.f, 1.f + e));
+      s = softcap * kLog2e * (1.f - __fdividef(2.f, 1.f + e));
     }
-    return s * kLog2e;
+    return s;
   }
 };
 

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t kv_head = head / (p.heads_q / p.heads_kv);
   DecodeKeys keys(p, segment, b, split, tile_keys);
   const KeyRange seen = keys.row_range(t);
-  const int64_t begin = std::max(seen.begin, keys.begin), end = std::min(seen.end, keys.end);
+  const int64_t begin = std::max(seen.begin, keys.first), end = std::min(seen.end, keys.end);
   const T* q_row =
       static_cast<const T*>(p.q.data) + b * p.q.batch_stride + t * p.q.time_stride + head * p.q.head_stride;
   const Cache* k = static_cast<const Cache*>(keys.k().data) + kv_head * keys.k().head_stride;
@@ -44,16 +44,16 @@ __global__ void __launch_bounds__(kThreads)
     float s[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      at[j] = first + j < end ? keys.locate(first + j) : DecodeKeys::Offsets{-1, -1};
+      at[j] = first + j < end ? keys.locate(first + j) : DecodeKeys::Offsets{0, 0, false};
       s[j] = 0.f;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        if (at[j].k >= 0 && i * 32 + lane < dim_qk) s[j] = fmaf(q[i], to_float(k[at[j].k + i * 32 + lane]), s[j]);
+        if (at[j].found && i * 32 + lane < dim_qk) s[j] = fmaf(q[i], to_float(k[at[j].k + i * 32 + lane]), s[j]);
       }
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      if (at[j].k < 0) continue;  // uniform in the warp
+      if (!at[j].found) continue;  // uniform in the warp
       float x = group_sum(s[j]) * scale;
       if (softcap > 0.f) x = softcap * tanhf(x / softcap);
       x -= slope * fabsf(static_cast<float>(diagonal - first - j));
