@@ -49,9 +49,9 @@ class SharedKV:
 
     Under autograd the gradients of all layers for k and v add into one float32 accumulator (see this module's
     docstring); the result equals autograd's own sum of the layers' gradients, with one rounding at the end. Works
-    under torch.utils.checkpoint (with use_reentrant=True: pass `tensors()` in and out, see `from_tensors`), torch.compile
-    and repeated backward; k and v may also be used directly. Make one per forward pass, from that pass's k and v. The
-    layers hang together: several losses over one SharedKV need one backward, or retain_graph=True in all but the last.
+    under torch.utils.checkpoint (see `tensors` for use_reentrant=True), torch.compile and repeated backward; k and v
+    may also be used directly. Make one per forward pass, from that pass's k and v. The layers hang together: several
+    losses over one SharedKV need one backward, or retain_graph=True in all but the last.
 
     cu_seqlens: int32 [N + 1] of packed sequences (B = 1), used for queries and keys alike unless a call overrides it.
     seqused_k: int32 [sequences], keys really there.
@@ -80,10 +80,11 @@ class SharedKV:
         """The tokens for the next layer; None when no gradient goes to K and V."""
         if not torch.is_grad_enabled():
             return None
-        if self.tokens is not None and not torch.compiler.is_compiling():
-            # A backward has been through the chain and freed it: what comes now is another pass.
-            if getattr(self.tokens[0].grad_fn, "spent", False) and not _in_backward():
-                self.tokens = _Root.apply(self.k, self.v)
+        if self.tokens is None or torch.compiler.is_compiling():
+            return self.tokens
+        # A backward has been through the chain and freed it: what comes now is another pass.
+        if getattr(self.tokens[0].grad_fn, "spent", False) and not _in_backward():
+            self.tokens = _Root.apply(self.k, self.v)
         return self.tokens
 
     def advance(self, following: Any) -> None:
