@@ -115,7 +115,9 @@ def test_packed_sequences():
     cu_q, cu_k = lengths_to_cu_seqlens(lengths_q), lengths_to_cu_seqlens(lengths_k)
     alibi = torch.rand(4, 4, dtype=torch.float64)
     sequences = [(0, int(cu_q[n]), lengths_q[n], int(cu_k[n]), used[n]) for n in range(4)]
-    for mask in ({}, {"window": (1, 0)}, {"causal": False}):
+    sinks = torch.randn(4, dtype=torch.float64)
+    latents = tuple(torch.randn(1, 3, 2, d, dtype=torch.float64) for d in (16, 8))
+    for mask in ({}, {"window": (1, 0)}, {"causal": False}, {"sinks": sinks}, {"latents": latents}):
         expected = loop(q, k, v, sequences=sequences, alibi=alibi, **mask)
         packing = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "seqused_k": torch.tensor(used, dtype=torch.int32)}
         same(reference.attention(q, k, v, alibi_slopes=alibi, return_lse=True, **packing, **mask), expected)

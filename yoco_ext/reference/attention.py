@@ -59,9 +59,10 @@ def key_intervals(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """begin, end: row i of q sees keys begin_i .. end_i - 1 of its batch row; the diagonal (the key that stands where
     the row stands, bottom-right aligned) and the number of the sequence of each row. All int64 [batch, time_q].
-    Rows of no sequence see nothing."""
+    Rows of no sequence (number -1) see nothing, no latents or sinks either."""
     (batch, time_q), time_k = q.shape[:2], k.shape[1]
-    begin, end, diagonal, sequence = (torch.zeros(batch, time_q, dtype=torch.int64) for _ in range(4))
+    begin, end, diagonal = (torch.zeros(batch, time_q, dtype=torch.int64) for _ in range(3))
+    sequence = torch.full((batch, time_q), -1)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         bounds_q, bounds_k = (
             _boundaries("cu_seqlens_q", cu_seqlens_q, time_q),
@@ -176,12 +177,13 @@ def attention(
             seen = seen & (latent >= latent_begin[..., None])
         if latent_end is not None:
             seen = seen & (latent < latent_end[..., None])
+        seen = seen & (sequence >= 0)[..., None]
         latent_k, latent_v = (x.expand(batch, -1, -1, -1) for x in latents)
         more_logits, more_values = segment(latent_k, latent_v, seen, torch.zeros_like(bias[:1, :1, :1, :1]))
         logits, values = torch.cat([logits, more_logits], -1), torch.cat([values, more_values], 1)
     if sinks is not None:
         sink = sinks.to(wide)[None, :, None, None].expand(batch, -1, time_q, 1)
-        logits = torch.cat([logits, sink], -1)
+        logits = torch.cat([logits, sink.masked_fill((sequence < 0)[:, None, :, None], -torch.inf)], -1)
 
     # A row that sees nothing: its logits are replaced by zeros so that no NaN is formed, and its results by 0 and -inf.
     nothing = logits.isneginf().all(-1, keepdim=True)
