@@ -7,6 +7,7 @@ They run on every call, so the common path is comparisons of tuples and nothing 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -105,6 +106,14 @@ def index_range(argument: str, x: Tensor | None, low: int, high: int) -> None:
     """Contents of an index tensor, for back ends that may look (the reference; the CPU kernels check in C++)."""
     if x is not None and x.numel() and not (low <= int(x.min()) and int(x.max()) <= high):
         fail(argument, f"values from {int(x.min())} to {int(x.max())}", f"{low} to {high}")
+
+
+def boundaries(argument: str, x: Tensor, time: int) -> list[int]:
+    """Contents of cu_seqlens, for back ends that may look."""
+    bounds = x.tolist()
+    if bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)) or bounds[-1] > time:
+        fail(argument, bounds, f"rising from 0 to at most {time}")
+    return bounds
 
 
 def _no_gradient(op: str, instead: str, *tensors: Tensor) -> None:

@@ -19,6 +19,8 @@ _library_fragment = torch.library.Library(NAMESPACE, "IMPL")  # lives as long as
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, what scaled_dot_product_attention does: float tensors (not float64) go to the autocast dtype."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors  # the checks will say so
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

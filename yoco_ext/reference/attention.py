@@ -6,7 +6,6 @@ O(time_q * time_k): this is what the fused kernels are checked against, not what
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +39,6 @@ class SharedKV:
         return cls(*tensors)
 
 
-def _boundaries(argument: str, cu_seqlens: Tensor, time: int) -> list[int]:
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)) or bounds[-1] > time:
-        _checks.fail(argument, bounds, f"rising from 0 to at most {time}")
-    return bounds
-
-
 def key_intervals(
     q: Tensor,
     k: Tensor,
@@ -64,10 +56,8 @@ def key_intervals(
     begin, end, diagonal = (torch.zeros(batch, time_q, dtype=torch.int64) for _ in range(3))
     sequence = torch.full((batch, time_q), -1)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        bounds_q, bounds_k = (
-            _boundaries("cu_seqlens_q", cu_seqlens_q, time_q),
-            _boundaries("cu_seqlens_k", cu_seqlens_k, time_k),
-        )
+        bounds_q = _checks.boundaries("cu_seqlens_q", cu_seqlens_q, time_q)
+        bounds_k = _checks.boundaries("cu_seqlens_k", cu_seqlens_k, time_k)
         places = [
             (0, slice(*bounds_q[n : n + 2]), bounds_k[n], bounds_k[n + 1] - bounds_k[n])
             for n in range(len(bounds_q) - 1)

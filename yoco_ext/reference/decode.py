@@ -186,7 +186,7 @@ def append_kv(
     if cu_seqlens is None:
         rows = [(k[b], v[b]) for b in range(k.shape[0])]
     else:
-        bounds = cu_seqlens.tolist()
+        bounds = _checks.boundaries("cu_seqlens", cu_seqlens, k.shape[1])
         rows = [(k[0, a:z], v[0, a:z]) for a, z in itertools.pairwise(bounds)]
 
     writes = []  # everything is checked before anything is written

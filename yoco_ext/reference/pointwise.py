@@ -85,6 +85,7 @@ def token_positions(
         sequence = torch.arange(batch, device=device).unsqueeze(1).expand(batch, time)
         valid = torch.ones(batch, time, dtype=torch.bool, device=device)
     else:
+        _checks.boundaries("cu_seqlens", cu_seqlens, time)
         bounds = cu_seqlens.to(torch.int64)
         sequence = (torch.searchsorted(bounds, index, right=True) - 1).unsqueeze(0)
         valid = (index < bounds[-1]).unsqueeze(0)

@@ -92,7 +92,7 @@ def gated_retention(
     if cu_seqlens is None:
         o, state = chunkwise(q, k, v, g, scale, initial_state)
     else:
-        outputs, states, ends = [], [], cu_seqlens.tolist()
+        outputs, states, ends = [], [], _checks.boundaries("cu_seqlens", cu_seqlens, q.shape[1])
         for n, (begin, end) in enumerate(pairwise(ends)):
             piece = (x[:, begin:end] for x in (q, k, v, g))
             o_n, state_n = chunkwise(*piece, scale, initial_state[n : n + 1])
