@@ -127,7 +127,8 @@ class Worker {
   KeyRange seen(const Task& t, const StepRows& step, int64_t time) const {
     KeyRange r{step.first, step.last};
     if (plan_.latents()) return r;
-    const KeyRange w = window_range(p_.mask.window_left, p_.mask.window_right, time, p_.time_q, p_.seqused_k[t.sequence]);
+    const KeyRange w =
+        window_range(p_.mask.window_left, p_.mask.window_right, time, p_.time_q, p_.seqused_k[t.sequence]);
     r.begin = clamp_index(w.begin - step.position, step.first, step.last);
     r.end = clamp_index(w.end - step.position, r.begin, step.last);
     return r;
@@ -202,7 +203,8 @@ class Worker {
       for (int64_t h = t.head_begin; h < t.head_end; ++h) {
         const char* k = next.k[i] + h * segment.k_head_bytes();
         const char* v = next.v[i] + h * segment.v_head_bytes();
-        for (int64_t byte = 0; byte < p_.dim_qk * int64_t{sizeof(Cache)}; byte += 64) __builtin_prefetch(k + byte, 0, 2);
+        for (int64_t byte = 0; byte < p_.dim_qk * int64_t{sizeof(Cache)}; byte += 64)
+          __builtin_prefetch(k + byte, 0, 2);
         for (int64_t byte = 0; byte < p_.dim_v * int64_t{sizeof(Cache)}; byte += 64) __builtin_prefetch(v + byte, 0, 2);
       }
     }
@@ -226,11 +228,11 @@ class Worker {
   Products products_;
   const int64_t acc_rows_;
   Scratch scratch_;
-  char* q_ = nullptr;              // [heads of the task] packed queries
-  C* acc_ = nullptr;               // [heads of the task][padded rows][padded dim_v]
-  RowState<C>* state_ = nullptr;   // [heads of the task][rows]
-  C* scores_ = nullptr;            // [padded rows][kStep]: scores, then weights
-  C* slopes_ = nullptr;            // [heads_q], base 2
+  char* q_ = nullptr;             // [heads of the task] packed queries
+  C* acc_ = nullptr;              // [heads of the task][padded rows][padded dim_v]
+  RowState<C>* state_ = nullptr;  // [heads of the task][rows]
+  C* scores_ = nullptr;           // [padded rows][kStep]: scores, then weights
+  C* slopes_ = nullptr;           // [heads_q], base 2
   StepRows rows_of_step_[2];
   int parity_ = 0;
   Task current_;
@@ -304,7 +306,8 @@ void merge(const DecodeParams& p, const Pass<Compute<Q>>* const* passes, int64_t
       for (int64_t d = 0; d < stride; ++d) total[d] += acc[d] * share;
     });
     const C inverse = sum == 0 ? C{0} : 1 / sum;
-    Q* out = static_cast<Q*>(p.out.data) + b * p.out.batch_stride + time * p.out.time_stride + head_q * p.out.head_stride;
+    Q* out =
+        static_cast<Q*>(p.out.data) + b * p.out.batch_stride + time * p.out.time_stride + head_q * p.out.head_stride;
     for_each_vector<C>(p.dim_v, [&](auto io) { io.store(out, io.load(total) * inverse); });
     const C lse = sum == 0 ? -kInfinity : static_cast<C>((max + std::log2(sum)) * kLn2);
     static_cast<C*>(p.lse)[(b * p.heads_q + head_q) * p.time_q + time] = lse;

@@ -86,7 +86,8 @@ YOCO_VBMI inline void widen(const Cache* row, int64_t d, int64_t dim, __m512i ou
   __m512i index = raw;
   if constexpr (std::is_same_v<Cache, int8_t>) index = _mm512_abs_epi8(raw);
   __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(tables.high), index, _mm512_load_si512(tables.high + 64));
-  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(tables.low), index, _mm512_load_si512(tables.low + 64));
+  const __m512i low =
+      _mm512_permutex2var_epi8(_mm512_load_si512(tables.low), index, _mm512_load_si512(tables.low + 64));
   if constexpr (std::is_same_v<Cache, int8_t>) {  // |-128| does not fit into seven bits: 128 is 0x4300
     high = _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), high, _mm512_set1_epi8(0x43));
   }
@@ -220,7 +221,8 @@ class TileProducts {
         for (int64_t g = 0; g < groups; ++g) transpose_16(transposed_ + g * 256, out + g * 16, kStep);
         continue;
       }
-      const __m512i every_16 = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+      const __m512i every_16 =
+          _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
       for (int64_t g = 0; g < groups; ++g) {
         for (int64_t r = 0; r < rows; ++r) {
           _mm512_storeu_ps(out + r * kStep + g * 16, _mm512_i32gather_ps(every_16, transposed_ + g * 256 + r, 4));
@@ -283,10 +285,10 @@ class TileProducts {
   }
 
   int64_t rows_, tile_rows_, row_tiles_, dim_k_, dim_v_;
-  uint16_t* keys_ = nullptr;       // [kStep][padded dim_k]
-  uint16_t* values_ = nullptr;     // [kStep / 2][padded dim_v][2]
-  float* transposed_ = nullptr;    // [kStep][16]
-  uint16_t* weights_ = nullptr;    // [padded rows][kStep]
+  uint16_t* keys_ = nullptr;     // [kStep][padded dim_k]
+  uint16_t* values_ = nullptr;   // [kStep / 2][padded dim_v][2]
+  float* transposed_ = nullptr;  // [kStep][16]
+  uint16_t* weights_ = nullptr;  // [padded rows][kStep]
 };
 
 }  // namespace

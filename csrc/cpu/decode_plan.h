@@ -155,8 +155,8 @@ class Plan {
 
 // Where the K and V of up to kStep tokens start in memory (head 0), for tokens [begin, end) of the segment.
 struct StepRows {
-  int64_t position;        // of entry 0; a multiple of kStep
-  int first, last;         // entries that hold tokens
+  int64_t position;  // of entry 0; a multiple of kStep
+  int first, last;   // entries that hold tokens
   const char* k[kStep];
   const char* v[kStep];
 };

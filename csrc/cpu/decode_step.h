@@ -38,7 +38,8 @@ Vec<C> tanh(Vec<C> x) {
     return x;
   } else {
     const Vec<C> x2 = x * x;  // near zero the formula below would cancel
-    const Vec<C> small = x * (1 + x2 * (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * 0.0218694885f))));
+    const Vec<C> small =
+        x * (1 + x2 * (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * 0.0218694885f))));
     return x2 < 0.0625f ? small : 1 - 2 / (1 + exp(2 * x));
   }
 }
@@ -46,9 +47,9 @@ Vec<C> tanh(Vec<C> x) {
 // How a score becomes a logit in base 2, for one KV head.
 template <class C>
 struct Logits {
-  C factor;           // scale * k_scale * log2(e); with softcap: scale * k_scale / softcap
-  C softcap;          // softcap * log2(e), or 0
-  const C* slopes;    // [group]: alibi slope * log2(e) of each query head, or null
+  C factor;         // scale * k_scale * log2(e); with softcap: scale * k_scale / softcap
+  C softcap;        // softcap * log2(e), or 0
+  const C* slopes;  // [group]: alibi slope * log2(e) of each query head, or null
 };
 
 // Running softmax of one row.
