@@ -78,6 +78,8 @@ class CMakeBuild(build_ext):
         torch = require_torch()
         cuda = want_cuda(torch)
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        # An editable install copies the extension module into the source tree, but not the libraries beside it.
+        targets = {package, ROOT / "yoco_ext"} if self.inplace or getattr(self, "editable_mode", False) else {package}
         build = ROOT / "build" / f"cmake-{'cuda' if cuda else 'cpu'}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         options = {
@@ -98,11 +100,12 @@ class CMakeBuild(build_ext):
         arguments += os.environ.get("CMAKE_ARGS", "").split()
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *arguments], check=True)
         subprocess.run(["cmake", "--build", build, "--parallel", str(jobs())], check=True)
-        package.mkdir(parents=True, exist_ok=True)
-        if not cuda:
-            # A library of an earlier CUDA build would be loaded in spite of YOCO_EXT_CUDA=0.
-            (package / "libyoco_ext_cuda.so").unlink(missing_ok=True)
-        subprocess.run(["cmake", "--install", build], check=True)
+        for target in targets:
+            target.mkdir(parents=True, exist_ok=True)
+            if not cuda:
+                # A library of an earlier CUDA build would be loaded in spite of YOCO_EXT_CUDA=0.
+                (target / "libyoco_ext_cuda.so").unlink(missing_ok=True)
+            subprocess.run(["cmake", "--install", build, "--prefix", target], check=True)
 
 
 if __name__ == "__main__":
