@@ -17,11 +17,11 @@ constexpr KernelTable make_table() {
   t.abi_version = kKernelTableVersion;
   t.name = "cuda";
   t.variant = variant;
-  // t.retention_forward = retention_forward;
-  // t.retention_forward_workspace = retention_forward_workspace;
-  // t.retention_backward = retention_backward;
-  // t.retention_backward_workspace = retention_backward_workspace;
-  // t.retention_step = retention_step;
+  t.retention_forward = retention_forward;
+  t.retention_forward_workspace = retention_forward_workspace;
+  t.retention_backward = retention_backward;
+  t.retention_backward_workspace = retention_backward_workspace;
+  t.retention_step = retention_step;
   t.attention_forward = attention_forward;
   t.attention_forward_workspace = attention_forward_workspace;
   // t.attention_backward = attention_backward;
