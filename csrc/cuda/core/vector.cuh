@@ -99,6 +99,24 @@ YOCO_DEVICE void store(T* p, const Vec<T, N>& v) {
   *reinterpret_cast<R*>(p) = *reinterpret_cast<const R*>(&v);
 }
 
+// To global memory in exactly one instruction: the compiler is free to split the store above, and does.
+template <int N, typename T>
+YOCO_DEVICE void store_global(T* p, const Vec<T, N>& v) {
+  constexpr int kBytes = sizeof(T) * N;
+  const size_t to = __cvta_generic_to_global(p);
+  if constexpr (kBytes == 16) {
+    const uint4 r = *reinterpret_cast<const uint4*>(&v);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(r.x), "r"(r.y), "r"(r.z), "r"(r.w)
+                 : "memory");
+  } else if constexpr (kBytes == 8) {
+    const uint2 r = *reinterpret_cast<const uint2*>(&v);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};\n" ::"l"(to), "r"(r.x), "r"(r.y) : "memory");
+  } else {
+    store<N>(p, v);
+  }
+}
+
+// Global memory, through the read-only path.
 template <int N, typename T>
 YOCO_DEVICE void load_float(float (&out)[N], const T* p) {
   const Vec<T, N> v = load_const<N>(p);
@@ -110,7 +128,7 @@ YOCO_DEVICE void store_float(T* p, const float (&in)[N]) {
   Vec<T, N> v;
 #pragma unroll
   for (int i = 0; i < N; ++i) v[i] = from_float<T>(in[i]);
-  store<N>(p, v);
+  store_global<N>(p, v);
 }
 
 }  // namespace yoco::cuda

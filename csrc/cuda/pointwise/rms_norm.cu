@@ -36,8 +36,13 @@ YOCO_DEVICE void load_weight(float (&w)[N], const void* weight, bool is_float, i
 #pragma unroll
     for (int j = 0; j < N; ++j) w[j] = 1.f;
   } else if (is_float) {
+    constexpr int kStep = N % 4 == 0 ? 4 : 1;
 #pragma unroll
-    for (int j = 0; j < N; ++j) w[j] = __ldg(static_cast<const float*>(weight) + column + j);
+    for (int j = 0; j < N; j += kStep) {
+      const Vec<float, kStep> v = load_const<kStep>(static_cast<const float*>(weight) + column + j);
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) w[j + i] = v[i];
+    }
   } else {
     load_float(w, static_cast<const T*>(weight) + column);
   }
@@ -107,16 +112,16 @@ template <typename T, int N, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const RmsNormBackwardParams p, int64_t rows_per_part, float* partial) {
   constexpr int kGroups = kThreads / kLanes;
-  extern __shared__ __align__(16) float weight_sum[];  // [kGroups][dim]; each column has one owning lane per group
+  // [kGroups][padded dim]: element j of a lane's vector `item` at (item * N + j) * kLanes + lane, so that a warp's sums
+  // lie in different banks; each column has one owning lane per group.
+  extern __shared__ __align__(16) float weight_sum[];
   __shared__ float scratch[kThreads / 32];
   const int dim = static_cast<int>(p.dim), lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const bool float_weight = p.weight_dtype == DType::kFloat32;
-  float* sums = weight_sum + int64_t(group) * dim;
+  const int padded = (dim + kLanes * N - 1) / (kLanes * N) * (kLanes * N);
+  float* sums = weight_sum + group * padded + lane;
   if (partial != nullptr) {
-    for (int column = lane * N; column < dim; column += kLanes * N) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) sums[column + j] = 0.f;
-    }
+    for (int i = 0; i < padded; i += kLanes) sums[i] = 0.f;
   }
   const int64_t begin = int64_t(blockIdx.x) * rows_per_part;
   const int64_t end = min(begin + rows_per_part, p.rows);
@@ -135,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < N; ++j) {
         const float n = to_float(vx[j]) * rstd, d = to_float(vd[j]);
         sum += d * w[j] * n;
-        if (partial != nullptr) sums[column + j] += d * n;
+        if (partial != nullptr) sums[column - lane * N + j * kLanes] += d * n;
       }
     };
 #pragma unroll
@@ -170,8 +175,9 @@ __global__ void __launch_bounds__(kThreads)
   if (partial == nullptr) return;
   __syncthreads();
   for (int column = threadIdx.x; column < dim; column += kThreads) {
+    const int vector = column / N, at = (vector / kLanes * N + column % N) * kLanes + vector % kLanes;
     float sum = 0.f;
-    for (int g = 0; g < kGroups; ++g) sum += weight_sum[int64_t(g) * dim + column];
+    for (int g = 0; g < kGroups; ++g) sum += weight_sum[g * padded + at];
     partial[blockIdx.x * p.dim + column] = sum;
   }
 }
@@ -238,7 +244,8 @@ const char* rms_norm_backward(const RmsNormBackwardParams& p, const Launch& laun
     const int groups = warp ? kThreads / 32 : 1;
     const Parts split = split_rows(p.rows, groups);
     auto* partial = p.d_weight != nullptr ? static_cast<float*>(p.workspace) : nullptr;
-    const size_t shared = partial != nullptr ? groups * p.dim * sizeof(float) : 0;
+    const int64_t step = (kThreads / groups) * (vectors ? kVec<T> : 1);  // columns that a group takes at once
+    const size_t shared = partial != nullptr ? groups * ceil_div(p.dim, step) * step * sizeof(float) : 0;
     auto kernel = vectors ? (warp ? backward_kernel<T, kVec<T>, 32> : backward_kernel<T, kVec<T>, kThreads>)
                           : (warp ? backward_kernel<T, 1, 32> : backward_kernel<T, 1, kThreads>);
     const char* message = launch_kernel(kernel, dim3(static_cast<unsigned>(split.parts)), kThreads, shared, launch, p,

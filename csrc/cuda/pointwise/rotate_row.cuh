@@ -23,7 +23,7 @@ YOCO_DEVICE void rotate_item(const T* x, Out* y, int pair, int half, const float
       out[2 * i] = sink(v[2 * i]);
       out[2 * i + 1] = sink(v[2 * i + 1]);
     }
-    store(y + 2 * pair, out);
+    store_global(y + 2 * pair, out);
   } else {
     const int first = kInterleaved ? 2 * pair : pair;
     const int second = kInterleaved ? 2 * pair + 1 : pair + half;
@@ -37,8 +37,8 @@ YOCO_DEVICE void rotate_item(const T* x, Out* y, int pair, int half, const float
       out_a[i] = sink(a[i]);
       out_b[i] = sink(b[i]);
     }
-    store(y + first, out_a);
-    store(y + second, out_b);
+    store_global(y + first, out_a);
+    store_global(y + second, out_b);
   }
 }
 
@@ -49,7 +49,7 @@ YOCO_DEVICE void convert_item(const T* x, Out* y, Sink sink) {
   Vec<Out, N> out;
 #pragma unroll
   for (int i = 0; i < N; ++i) out[i] = sink(v[i]);
-  store(y, out);
+  store_global(y, out);
 }
 
 // All heads of one token: x, y point at head 0. rotary_dim = 0 converts only. `lane` of `lanes` threads; kVectors: rows
