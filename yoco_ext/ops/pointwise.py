@@ -90,7 +90,7 @@ def retention_output(o: Tensor, gate: Tensor, *, eps: float = 1e-5) -> Tensor:
 def _rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, residual, _ = inputs
     ctx.save_for_backward(x if residual is None else output[1], weight, output[2])
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[1 if residual is None else 2 :])  # an empty residual_out; rstd
     ctx.set_materialize_grads(False)
 
 

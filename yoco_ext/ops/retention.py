@@ -89,9 +89,11 @@ def gated_retention_step(
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, g, initial_state, cu_seqlens, scale, _ = inputs
+    q, k, v, g, initial_state, cu_seqlens, scale, return_final_state = inputs
     ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
     ctx.scale = scale
+    if not return_final_state:
+        ctx.mark_non_differentiable(output[1])  # empty
     ctx.set_materialize_grads(False)
 
 
