@@ -7,7 +7,7 @@ their precision. The error of `ours` may be twice the error of `plain`, plus 1e-
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,10 +73,11 @@ def run_with_gradients(
     function: Callable[..., Any],
     tensors: Mapping[str, Tensor | None],
     options: Mapping[str, Any],
-    upstream: Iterable[Tensor | None] | None,
+    upstream: Sequence[Tensor | None] | Callable[[tuple[Tensor, ...]], Sequence[Tensor | None]] | None,
     wanted: Iterable[str],
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Outputs of function(**tensors, **options), and the gradients of `wanted` under the `upstream` gradients."""
+    """Outputs of function(**tensors, **options), and the gradients of `wanted` under the `upstream` gradients (or what
+    that makes of the outputs)."""
     wanted = list(wanted)
     leaves = {
         name: t.detach().requires_grad_() if t is not None and name in wanted else t for name, t in tensors.items()
@@ -84,6 +85,7 @@ def run_with_gradients(
     outputs = _as_tuple(function(**leaves, **options))
     if not wanted or upstream is None:
         return outputs, {}
+    upstream = upstream(outputs) if callable(upstream) else upstream
     pairs = [(o, u.to(o.dtype)) for o, u in zip(outputs, upstream, strict=True) if u is not None and o.requires_grad]
     inputs = [leaves[name] for name in wanted]
     gradients = torch.autograd.grad([o for o, _ in pairs], inputs, [u for _, u in pairs], allow_unused=True)
@@ -106,15 +108,18 @@ def compare(
     sequence: that output gets no gradient). `length`: terms in the longest sum. Returns our outputs."""
     wanted = list(wanted)
     wide = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
-    if upstream is None and wanted:
-        with torch.no_grad():
-            shapes = _as_tuple(reference(**wide, **options))
-        dtype = next(t.dtype for t in tensors.values() if t is not None and t.is_floating_point())
-        upstream = [torch.randn_like(s).to(dtype) for s in shapes]
-    upstream = None if upstream is None else list(upstream)
-    exact, exact_gradients = run_with_gradients(reference, wide, options, upstream, wanted)
-    plain, plain_gradients = run_with_gradients(reference, tensors, options, upstream, wanted)
-    mine, my_gradients = run_with_gradients(ours, tensors, options, upstream, wanted)
+    dtype = next(t.dtype for t in tensors.values() if t is not None and t.is_floating_point())
+    chosen = None if upstream is None else list(upstream)
+
+    def choose(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+        nonlocal chosen
+        if chosen is None:
+            chosen = [torch.randn_like(o).to(dtype) for o in outputs]
+        return chosen
+
+    exact, exact_gradients = run_with_gradients(reference, wide, options, choose, wanted)
+    plain, plain_gradients = run_with_gradients(reference, tensors, options, choose, wanted)
+    mine, my_gradients = run_with_gradients(ours, tensors, options, choose, wanted)
     assert len(mine) == len(exact), f"{len(mine)} outputs, expected {len(exact)}"
     for i, (m, e, p) in enumerate(zip(mine, exact, plain, strict=True)):
         assert m.dtype == p.dtype, f"output {i}: {m.dtype}, expected {p.dtype}"

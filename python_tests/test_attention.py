@@ -38,7 +38,7 @@ def need(backend, dtype):
 )
 def test_lengths(backend, dtype, time):
     need(backend, dtype)
-    check(backend, tensors(backend, dtype, time))
+    check(backend, tensors(backend, dtype, time, heads=(2, 1)))
 
 
 @dtypes
@@ -64,7 +64,7 @@ def test_everything_at_once(backend, dtype):
     check(backend, inputs, softcap=5.0, alibi_slopes=torch.rand(2, 4, device=backend.device), window=(40, 3), scale=0.3)
 
 
-@pytest.mark.parametrize("time", [1000, 2048])
+@pytest.mark.parametrize("time", [1500])
 def test_thousands_of_tokens(backend, time):
     if backend.emulated:
         time //= 4
@@ -77,7 +77,7 @@ def test_thousands_of_tokens(backend, time):
 def test_flat_and_peaked_softmax(backend, dtype, size):
     """All logits zero, and logits in the hundreds: one key takes all."""
     need(backend, dtype)
-    check(backend, tensors(backend, dtype, (65, 130), size=size))
+    check(backend, tensors(backend, dtype, (65, 130), batch=1, size=size))
 
 
 @dtypes
@@ -159,8 +159,8 @@ def test_only_the_gradients_asked_for(backend):
 @dtypes
 def test_bitwise_repeats(backend, dtype):
     need(backend, dtype)
-    inputs = tensors(backend, dtype, (129, 200), sinks=True, latents=9)
-    upstream = [torch.randn(2, 129, 4, 64, device=backend.device), torch.randn(2, 4, 129, device=backend.device)]
+    inputs = tensors(backend, dtype, (129, 200), batch=1, sinks=True, latents=9)
+    upstream = [torch.randn(1, 129, 4, 64, device=backend.device), torch.randn(1, 4, 129, device=backend.device)]
 
     def run():
         outputs, found = run_with_gradients(
@@ -252,14 +252,14 @@ def test_double_backward_is_refused(backend):
         torch.autograd.grad(dq.sum(), [q])
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_random_shapes(backend, data):
     """Random lengths, heads, dimensions, strides and masks."""
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(backend.dtypes))
-    time = draw(st.tuples(st.integers(0, 150), st.integers(0, 150)))
+    time = draw(st.tuples(st.integers(0, 110), st.integers(0, 110)))
     kv = draw(st.integers(1, 3))
     dims = draw(st.tuples(*[st.integers(1, 16).map(lambda n: 8 * n)] * 2))
     inputs = tensors(

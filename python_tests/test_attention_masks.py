@@ -22,11 +22,11 @@ dtypes = pytest.mark.parametrize("dtype", TWO, ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("window", [(0, 0), (1, 0), (16, 0), (63, 64), (64, 63), (-1, 5), (7, -1), (500, 500)], ids=str)
 def test_windows(backend, dtype, window, causal):
-    check(backend, tensors(backend, dtype, (150, 150), dims=(32, 32)), window=window, causal=causal)
+    check(backend, tensors(backend, dtype, (150, 150), heads=(2, 1), dims=(32, 32)), window=window, causal=causal)
 
 
 @dtypes
-@pytest.mark.parametrize("time", [(1, 100), (17, 100), (64, 200), (100, 17), (200, 64), (3, 2)], ids=str)
+@pytest.mark.parametrize("time", [(1, 100), (17, 100), (64, 150), (150, 64), (3, 2)], ids=str)
 @pytest.mark.parametrize("window", [(-1, -1), (20, 0), (5, 9)], ids=str)
 def test_bottom_right_alignment(backend, dtype, time, window):
     """Query blocks shorter and longer than the cache; in longer ones the first rows see nothing."""
@@ -212,7 +212,7 @@ def test_no_batch_and_no_latents(backend, dtype):
     check(backend, tensors(backend, dtype, (10, 0), latents=0, sinks=True))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_random_packings(backend, data):
     """Random sequence lengths, empty ones included, under random masks."""
