@@ -24,8 +24,8 @@ constexpr KernelTable make_table() {
   t.retention_step = retention_step;
   t.attention_forward = attention_forward;
   t.attention_forward_workspace = attention_forward_workspace;
-  // t.attention_backward = attention_backward;
-  // t.attention_backward_workspace = attention_backward_workspace;
+  t.attention_backward = attention_backward;
+  t.attention_backward_workspace = attention_backward_workspace;
   t.decode = decode;
   t.decode_workspace = decode_workspace;
   t.append_kv = append_kv;
