@@ -85,6 +85,13 @@ void run_tasks(const Launch& launch, int64_t n, const Make& make, const Body& bo
   });
 }
 
+// Walking through a (sequence, head) from segment to segment needs fewer products; segments as tasks feed threads that
+// would have nothing to walk. Both give the same bits, so the number of threads may decide.
+inline bool worth_cutting(const Launch& launch, int64_t streams, int64_t segments) {
+  const int64_t threads = launch.num_threads;
+  return threads > 1 && segments > streams && streams % threads != 0 && streams < 4 * threads;
+}
+
 // Memory of this thread, kept between calls: fresh pages would cost more than the kernel on short sequences.
 inline void* thread_memory(size_t bytes) {
   struct Memory {
@@ -242,34 +249,28 @@ void scale_rows(Rows<C> x, C factor, int64_t rows, int64_t width) {
 }
 
 // Rows scaled by one factor each, as a right operand. Rounding x * factor to bfloat16 would cost the state half of
-// its digits at every step, so there the operand is a sum of two bfloat16 matrices.
+// its digits at every step, so there the operand is a sum of two bfloat16 matrices: one on top of the other, against a
+// left operand that has its columns twice.
 template <class Ops>
-struct Scaled {
-  typename Ops::Right high, low;
-};
-
-template <class Ops>
-Scaled<Ops> scaled(Arena& arena, Rows<typename Ops::Element> x, const typename Ops::Compute* factor, int64_t rows,
-                   int64_t width) {
+typename Ops::Right scaled(Arena& arena, Rows<typename Ops::Element> x, const typename Ops::Compute* factor,
+                           int64_t rows, int64_t width) {
   using C = typename Ops::Compute;
-  Scaled<Ops> to{Ops::take_right(arena, rows, width), {}};
-  if constexpr (Ops::kSplits) to.low = Ops::take_right(arena, rows, width);
+  const auto to = Ops::take_right(arena, Ops::kParts * rows, width);
   for (int64_t k = 0; k < rows; k += 2) {
     for (int64_t n = 0; n < width; n += kLanes<C>) {
       const Vec<C> a = factor[k] * load<C>(x.row(k) + n), b = factor[k + 1] * load<C>(x.row(k + 1) + n);
-      Ops::put(to.high, k, n, a, b);
-      if constexpr (Ops::kSplits) Ops::put(to.low, k, n, a - Ops::rounded(a), b - Ops::rounded(b));
+      Ops::put(to, k, n, a, b);
+      if constexpr (Ops::kParts == 2) Ops::put(to, rows + k, n, a - Ops::rounded(a), b - Ops::rounded(b));
     }
   }
   return to;
 }
 
-// c += left * scaled operand
+// c += left * scaled operand of `rows` rows
 template <class Ops>
-void multiply_scaled(Rows<typename Ops::Compute> c, typename Ops::Left left, const Scaled<Ops>& right, int64_t m,
-                     int64_t n, int64_t k) {
-  Ops::multiply(c.data, c.ld, left, right.high, m, n, k, true);
-  if constexpr (Ops::kSplits) Ops::multiply(c.data, c.ld, left, right.low, m, n, k, true);
+void multiply_scaled(Rows<typename Ops::Compute> c, typename Ops::Left left, typename Ops::Right right, int64_t m,
+                     int64_t n, int64_t rows) {
+  Ops::multiply(c.data, c.ld, left, right, m, n, Ops::kParts * rows, true);
 }
 
 // ---- dispatch --------------------------------------------------------------------------------------

@@ -5,11 +5,12 @@
 //   dS' = exp(b_C) dS + (Q * exp(b))^T dO
 //   dg_t = sum of every product that decays through t; see chunk() and docs/cpu_retention.md
 //
-// Three passes over segments of kSegment chunks: what each segment adds to S (forward) and to dS (backward), starting
-// from zero; then both at every border between segments; then, per segment, the states before its chunks again, kept
-// this time, and the gradients from the last chunk to the first. All passes are parallel over segments, and what a
-// segment computes depends on its tokens only. States are transposed here, [dim_v][dim_k]: three of the five
-// products that read or make one then need no other layout.
+// Over segments of kSegment chunks: first what each segment adds to S, and so the state before each; then, from the
+// last segment to the first, the states before its chunks again, kept this time, and the gradients from its last chunk
+// to its first. Inside a segment dS = carry * after + local: the decayed gradient of the state behind the segment, plus
+// what the segment's own tokens added. Neither S nor `local` depends on anything outside the segment but the state at
+// its border, so one thread walking through a sequence and many threads, each with a segment, compute the same bits.
+// States are transposed here, [dim_v][dim_k]: of the products that read or make one, most then need no other layout.
 #include "retention.h"
 
 namespace yoco::cpu::YOCO_ISA {
@@ -40,23 +41,34 @@ class Backward {
     zero_rest<G>(p_, p_.dg, 1);
     const int64_t streams = p_.num_sequences * p_.heads;
     if (streams == 0) return nullptr;
-    const int64_t pieces = count_segments(p_, kSegment);
-    const Scratch memory(static_cast<size_t>(pieces) * (sizeof(Segment) + sizeof(C)) +
-                         static_cast<size_t>(2 * pieces * state_size_) * sizeof(C) + 256);
+    pieces_ = count_segments(p_, kSegment);
+    const bool cut = worth_cutting(launch_, streams, pieces_);
+    const int64_t matrices = cut ? 2 * pieces_ : pieces_;
+    const Scratch memory(static_cast<size_t>(pieces_) * (sizeof(Segment) + 2 * sizeof(C)) +
+                         static_cast<size_t>(matrices * state_size_) * sizeof(C) + 512);
     if (memory.template as<char>() == nullptr) return "gated_retention_backward: out of memory for the states";
     Arena arena(memory.template as<char>(), SIZE_MAX);
-    segments_ = arena.take<Segment>(pieces);
-    carry_ = arena.take<C>(pieces);
-    states_ = arena.take<C>(pieces * state_size_);
-    d_states_ = arena.take<C>(pieces * state_size_);
+    segments_ = arena.take<Segment>(pieces_);
+    carry_ = arena.take<C>(pieces_);
+    d_carry_ = arena.take<C>(pieces_);
+    states_ = arena.take<C>(pieces_ * state_size_);
+    if (cut) d_states_ = arena.take<C>(pieces_ * state_size_);
     list_segments(p_, kSegment, segments_);
     const auto make = [&] { return Thread(*this); };
-    run_tasks(launch_, pieces, make, [&](Thread& t, int64_t i) { sums(t, segments_[i]); });
-    run_tasks(launch_, pieces, make, [&](Thread& t, int64_t i) {
-      const Segment& s = segments_[i];
-      if (s.first == 0) borders(t, i, pieces);
+    if (!cut) {
+      run_tasks(launch_, pieces_, make, [&](Thread& t, int64_t i) {
+        if (segments_[i].first == 0) walk(t, i);
+      });
+      return nullptr;
+    }
+    run_tasks(launch_, pieces_, make, [&](Thread& t, int64_t i) {
+      sum_states(t, i);
+      sum_d_states(t, i);
     });
-    run_tasks(launch_, pieces, make, [&](Thread& t, int64_t i) { gradients(t, segments_[i]); });
+    run_tasks(launch_, pieces_, make, [&](Thread& t, int64_t i) {
+      if (segments_[i].first == 0) borders(t, i);
+    });
+    run_tasks(launch_, pieces_, make, [&](Thread& t, int64_t i) { gradients(t, i, d_state(i)); });
     return nullptr;
   }
 
@@ -65,20 +77,21 @@ class Backward {
   struct Thread {
     explicit Thread(const Backward& b) : arena(thread_memory(b.arena_bytes()), b.arena_bytes()) {
       decay = arena.take<Decay<C>>(1);
-      sum = b.matrix(arena.take<C>(b.state_size_));
+      for (Rows<C>* s : {&sum, &local, &d_state}) *s = b.matrix(arena.take<C>(b.state_size_));
       for (Rows<C>& s : before) s = b.matrix(arena.take<C>(b.state_size_));
     }
     MatrixScope scope;
     Arena arena;
     Decay<C>* decay;
-    Rows<C> sum;
+    Rows<C> sum;               // running over segments
+    Rows<C> local, d_state;    // dS = carry * after + local
     Rows<C> before[kSegment];  // the states before the chunks of a segment
   };
 
   size_t arena_bytes() const {
     const int64_t width = std::max<int64_t>({dim_k_, dim_v_, kChunk}) + kRowPadBytes;
     return sizeof(Decay<C>) + 16384 +
-           sizeof(C) * static_cast<size_t>((kSegment + 4) * state_size_ + 28 * kChunk * width);
+           sizeof(C) * static_cast<size_t>((kSegment + 6) * state_size_ + 28 * kChunk * width);
   }
 
   Rows<C> matrix(C* data) const { return {data, ld_}; }
@@ -87,16 +100,55 @@ class Backward {
 
   void clear(Rows<C> x) const { std::fill(x.data, x.data + state_size_, C(0)); }
 
-  // ---- pass 1: what a segment adds to the state and to its gradient
-  void sums(Thread& t, const Segment& s) const {
+  // The segments of one (sequence, head) follow each other.
+  int64_t segments_end(int64_t first) const {
+    int64_t last = first + 1;
+    while (last < pieces_ && segments_[last].first != 0) ++last;
+    return last;
+  }
+
+  int64_t state_offset(const Segment& s) const { return (s.sequence * p_.heads + s.head) * p_.dim_k * p_.dim_v; }
+
+  // ---- one thread, the whole sequence
+  void walk(Thread& t, int64_t first) const {
+    const int64_t last = segments_end(first);
+    load_transposed(t.sum, p_.initial_state, state_offset(segments_[first]));
+    for (int64_t i = first; i < last; ++i) {
+      if (i + 1 < last) sum_states(t, i);  // nobody asks for the state behind the last segment
+      exchange(t.sum, state(i), i + 1 < last ? carry_[i] : C(0));
+    }
+    load_transposed(t.sum, p_.d_final_state, state_offset(segments_[first]));
+    for (int64_t i = last - 1; i >= first; --i) {
+      gradients(t, i, t.sum);
+      for (int64_t r = 0; r < dim_v_; ++r) {
+        C *to = t.sum.row(r), *from = t.local.row(r);
+        for (int64_t n = 0; n < dim_k_; n += kLanes<C>) {
+          store<C>(to + n, d_carry_[i] * load<C>(to + n) + load<C>(from + n));
+        }
+      }
+    }
+    store_d_initial_state(t.sum, segments_[first]);
+  }
+
+  // ---- what the tokens of a segment add to the state behind it, and to the gradient of the state before it
+  void sum_states(Thread& t, int64_t i) const {
+    const Segment& s = segments_[i];
     const Tokens sequence = sequence_tokens(p_, s.sequence);
-    const Rows<C> forward = state(s.index), backward = d_state(s.index);
-    clear(forward);
-    clear(backward);
+    const Rows<C> to = state(i);
+    clear(to);
     double log_carry = 0;
-    for (int64_t c = s.first; c < s.last; ++c) log_carry += add_to_state(t, sequence, s.head, c, forward);
-    for (int64_t c = s.last - 1; c >= s.first; --c) add_to_d_state(t, sequence, s.head, c, backward);
-    carry_[s.index] = static_cast<C>(std::exp(log_carry));
+    for (int64_t c = s.first; c < s.last; ++c) log_carry += add_to_state(t, sequence, s.head, c, to);
+    carry_[i] = static_cast<C>(std::exp(log_carry));
+  }
+
+  void sum_d_states(Thread& t, int64_t i) const {
+    const Segment& s = segments_[i];
+    const Tokens sequence = sequence_tokens(p_, s.sequence);
+    const Rows<C> to = d_state(i);
+    clear(to);
+    double log_carry = 0;
+    for (int64_t c = s.last - 1; c >= s.first; --c) log_carry += add_to_d_state(t, sequence, s.head, c, to);
+    d_carry_[i] = static_cast<C>(std::exp(log_carry));
   }
 
   // S^T = exp(b_C) S^T + V^T (K * exp(b_C - b)). Returns b_C.
@@ -114,7 +166,8 @@ class Backward {
     return t.decay->log_total;
   }
 
-  void add_to_d_state(Thread& t, const Tokens& sequence, int64_t head, int64_t c, Rows<C> to) const {
+  // dS^T = exp(b_C) dS^T + dO^T (Q * scale * exp(b)). Returns b_C.
+  double add_to_d_state(Thread& t, const Tokens& sequence, int64_t head, int64_t c, Rows<C> to) const {
     const size_t mark = t.arena.mark();
     const Tokens tokens = chunk_tokens(sequence, c);
     const int64_t rows = round_up(tokens.length, Ops::kStep);
@@ -122,31 +175,25 @@ class Backward {
     const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_);
     const Rows<E> d_o = load_rows<Ops, T>(t.arena, p_.d_o, tokens, head, p_.dim_v, rows, dim_v_);
     scale_rows(to, t.decay->total, dim_v_, dim_k_);
-    add_queries(t, Ops::left_transposed(t.arena, d_o, rows, dim_v_), q, rows, to);
+    add_queries(t, d_o, q, rows, to);
     t.arena.release(mark);
+    return t.decay->log_total;
   }
 
-  // to += dO^T (Q * scale * exp(b))
-  void add_queries(Thread& t, Left d_o_transposed, Rows<E> q, int64_t rows, Rows<C> to) const {
-    const Scaled<Ops> q_scaled = scaled<Ops>(t.arena, q, t.decay->from_start, rows, dim_k_);
+  void add_queries(Thread& t, Rows<E> d_o, Rows<E> q, int64_t rows, Rows<C> to) const {
+    const Left d_o_transposed = Ops::left_transposed(t.arena, d_o, rows, dim_v_);
+    const Right q_scaled = scaled<Ops>(t.arena, q, t.decay->from_start, rows, dim_k_);
     multiply_scaled<Ops>(to, d_o_transposed, q_scaled, dim_v_, dim_k_, rows);
   }
 
-  // ---- pass 2: in place, the sum of a segment becomes the state before it, and the gradient of the state behind it
-  void borders(Thread& t, int64_t first, int64_t pieces) const {
-    const Segment& s = segments_[first];
-    int64_t last = first + 1;
-    while (last < pieces && segments_[last].first != 0) ++last;
-    const int64_t offset = (s.sequence * p_.heads + s.head) * p_.dim_k * p_.dim_v;
-    load_transposed(t.sum, p_.initial_state, offset);
+  // ---- in place: the sum of a segment becomes the state before it, and the gradient of the state behind it
+  void borders(Thread& t, int64_t first) const {
+    const int64_t last = segments_end(first);
+    load_transposed(t.sum, p_.initial_state, state_offset(segments_[first]));
     for (int64_t i = first; i < last; ++i) exchange(t.sum, state(i), carry_[i]);
-    load_transposed(t.sum, p_.d_final_state, offset);
-    for (int64_t i = last - 1; i >= first; --i) exchange(t.sum, d_state(i), carry_[i]);
-    if (p_.d_initial_state == nullptr) return;
-    C* to = static_cast<C*>(p_.d_initial_state) + offset;
-    for (int64_t r = 0; r < p_.dim_k; ++r) {
-      for (int64_t n = 0; n < p_.dim_v; ++n) to[r * p_.dim_v + n] = t.sum.row(n)[r];
-    }
+    load_transposed(t.sum, p_.d_final_state, state_offset(segments_[first]));
+    for (int64_t i = last - 1; i >= first; --i) exchange(t.sum, d_state(i), d_carry_[i]);
+    store_d_initial_state(t.sum, segments_[first]);
   }
 
   // (running, piece) = (carry * running + piece, running)
@@ -170,19 +217,31 @@ class Backward {
     }
   }
 
-  // ---- pass 3
-  void gradients(Thread& t, const Segment& s) const {
-    if (s.first == s.last) return;
+  void store_d_initial_state(Rows<C> from, const Segment& s) const {
+    if (p_.d_initial_state == nullptr) return;
+    C* to = static_cast<C*>(p_.d_initial_state) + state_offset(s);
+    for (int64_t r = 0; r < p_.dim_k; ++r) {
+      for (int64_t n = 0; n < p_.dim_v; ++n) to[r * p_.dim_v + n] = from.row(n)[r];
+    }
+  }
+
+  // ---- gradients of a segment; `after` is the gradient of the state behind it. Leaves local and d_carry_.
+  void gradients(Thread& t, int64_t i, Rows<C> after) const {
+    const Segment& s = segments_[i];
     const Tokens sequence = sequence_tokens(p_, s.sequence);
     const int64_t count = s.last - s.first;
-    std::copy(state(s.index).data, state(s.index).data + state_size_, t.before[0].data);
+    std::copy(state(i).data, state(i).data + state_size_, t.before[0].data);
     for (int64_t c = 0; c + 1 < count; ++c) {
       std::copy(t.before[c].data, t.before[c].data + state_size_, t.before[c + 1].data);
       add_to_state(t, sequence, s.head, s.first + c, t.before[c + 1]);
     }
+    clear(t.local);
+    double log_carry = 0;
     for (int64_t c = count - 1; c >= 0; --c) {
-      chunk(t, chunk_tokens(sequence, s.first + c), s.head, t.before[c], d_state(s.index));
+      const C carry = static_cast<C>(std::exp(log_carry));
+      log_carry += chunk(t, chunk_tokens(sequence, s.first + c), s.head, t.before[c], after, carry);
     }
+    d_carry_[i] = static_cast<C>(std::exp(log_carry));
   }
 
   // The sums over a chunk that make up dg. The factor exp(g_t) decays
@@ -197,8 +256,8 @@ class Backward {
     C through;
   };
 
-  // Gradients of one chunk; d_state goes from behind the chunk to before it.
-  void chunk(Thread& t, const Tokens& tokens, int64_t head, Rows<C> before, Rows<C> d_state) const {
+  // Gradients of one chunk; local goes from behind the chunk to before it. Returns b_C.
+  double chunk(Thread& t, const Tokens& tokens, int64_t head, Rows<C> before, Rows<C> after, C carry) const {
     const size_t mark = t.arena.mark();
     constexpr int64_t step = Ops::kStep;
     const int64_t rows = round_up(tokens.length, step);
@@ -208,6 +267,8 @@ class Backward {
     const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_);
     const Rows<E> v = load_rows<Ops, T>(t.arena, p_.v, tokens, head, p_.dim_v, rows, dim_v_);
     const Rows<E> d_o = load_rows<Ops, T>(t.arena, p_.d_o, tokens, head, p_.dim_v, rows, dim_v_);
+    current_d_state(t, after, carry);
+    const Rows<C> d_state = t.d_state;
     GateSums& sums = *t.arena.template take<GateSums>(1);
 
     // P * D and dP * D, on and below the diagonal.
@@ -257,10 +318,24 @@ class Backward {
       store_rows<C, T>(p_.dv, tokens, head, p_.dim_v, out);
       t.arena.release(inner);
     }
-    scale_rows(d_state, decay.total, dim_v_, dim_k_);
-    add_queries(t, Ops::left_transposed(t.arena, d_o, rows, dim_v_), q, rows, d_state);
+    add_queries(t, d_o, q, rows, t.local);
     store_gate_gradient(tokens, head, sums);
     t.arena.release(mark);
+    return decay.log_total;
+  }
+
+  // d_state = carry * after + local; local decays to the start of the chunk.
+  void current_d_state(Thread& t, Rows<C> after, C carry) const {
+    const C total = t.decay->total;
+    for (int64_t r = 0; r < dim_v_; ++r) {
+      C *to = t.d_state.row(r), *local = t.local.row(r);
+      const C* far = after.row(r);
+      for (int64_t n = 0; n < dim_k_; n += kLanes<C>) {
+        const Vec<C> x = load<C>(local + n);
+        store<C>(to + n, carry * load<C>(far + n) + x);
+        store<C>(local + n, total * x);
+      }
+    }
   }
 
   // p *= D, d_p *= D (also as elements), and the row and column sums of p * dP * D off the diagonal.
@@ -348,10 +423,11 @@ class Backward {
   const Launch& launch_;
   const int64_t dim_k_, dim_v_;  // padded
   const int64_t ld_, state_size_;
+  int64_t pieces_ = 0;
   Segment* segments_ = nullptr;
-  C* carry_ = nullptr;     // exp of the sum of g over a segment
-  C* states_ = nullptr;    // per segment [dim_v][ld]: its own sum, then the state before it
-  C* d_states_ = nullptr;  // the same of the gradient: its own sum, then the gradient behind it
+  C *carry_ = nullptr, *d_carry_ = nullptr;  // exp of the sum of g over a segment, summed forwards and backwards
+  C* states_ = nullptr;                      // per segment [dim_v][ld]: its own sum, then the state before it
+  C* d_states_ = nullptr;                    // the same of the gradient: its own sum, then the gradient behind it
 };
 
 }  // namespace

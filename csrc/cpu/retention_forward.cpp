@@ -31,12 +31,8 @@ class Forward {
     zero_rest<T>(p_, p_.o, p_.dim_v);
     const int64_t streams = p_.num_sequences * p_.heads;
     if (streams == 0) return nullptr;
-    // Walking needs one product less per chunk; cutting feeds threads that would have nothing to walk.
     const int64_t pieces = count_segments(p_, kSegment);
-    if (launch_.num_threads > 1 && pieces > streams && streams % launch_.num_threads != 0 &&
-        streams < 4 * launch_.num_threads) {
-      return run_cut(pieces);
-    }
+    if (worth_cutting(launch_, streams, pieces)) return run_cut(pieces);
     run_tasks(
         launch_, streams, [&] { return Thread(*this); },
         [&](Thread& t, int64_t stream) { walk(t, stream / p_.heads, stream % p_.heads); });
@@ -161,8 +157,8 @@ class Forward {
         output(t, tokens, head, rows, kt, v, has_state, start_is_zero, static_cast<C>(std::exp(log_carry)));
       }
       const Left k_left = Ops::left_transposed(t.arena, kt, rows, dim_k_);
-      const Scaled<Ops> v_scaled = scaled<Ops>(t.arena, v, t.decay->to_end, rows, dim_v_);
-      scale_rows(t.local, t.decay->total, dim_k_, dim_v_);
+      const Right v_scaled = scaled<Ops>(t.arena, v, t.decay->to_end, rows, dim_v_);
+      if (!outputs) scale_rows(t.local, t.decay->total, dim_k_, dim_v_);  // else output() has done it
       multiply_scaled<Ops>(t.local, k_left, v_scaled, dim_k_, dim_v_, rows);
       log_carry += t.decay->log_total;
       t.arena.release(mark);
@@ -205,17 +201,22 @@ class Forward {
     t.arena.release(mark);
   }
 
-  // carry * start + local, as a right operand.
+  // carry * start + local, as a right operand. On the way local decays to the end of the chunk.
   Right current_state(Thread& t, bool start_is_zero, C carry) const {
     const Right to = Ops::take_right(t.arena, dim_k_, dim_v_);
+    const C total = t.decay->total;
     for (int64_t k = 0; k < dim_k_; k += 2) {
-      const C *a = t.local.row(k), *b = t.local.row(k + 1), *c = t.start.row(k), *d = t.start.row(k + 1);
+      C *a = t.local.row(k), *b = t.local.row(k + 1);
+      const C *c = t.start.row(k), *d = t.start.row(k + 1);
       for (int64_t n = 0; n < dim_v_; n += kLanes<C>) {
+        const Vec<C> x = load<C>(a + n), y = load<C>(b + n);
         if (start_is_zero) {
-          Ops::put(to, k, n, load<C>(a + n), load<C>(b + n));
+          Ops::put(to, k, n, x, y);
         } else {
-          Ops::put(to, k, n, carry * load<C>(c + n) + load<C>(a + n), carry * load<C>(d + n) + load<C>(b + n));
+          Ops::put(to, k, n, carry * load<C>(c + n) + x, carry * load<C>(d + n) + y);
         }
+        store<C>(a + n, total * x);
+        store<C>(b + n, total * y);
       }
     }
     return to;

@@ -105,7 +105,7 @@ struct FloatOps {
   using Compute = C;
   using Element = C;
   static constexpr int kStep = 16;  // extents; also the granularity at which a causal product skips its empty corner
-  static constexpr bool kSplits = false;
+  static constexpr int kParts = 1;
 
   struct Left {
     const C* data;
@@ -118,11 +118,19 @@ struct FloatOps {
     Right at(int64_t k) const { return {data + k * ld, ld}; }
   };
 
+  // The products of a causal triangle are 1, 2, 3 and 4 blocks wide: what gemm would do one vector at a time is done
+  // here with as many vectors as are left.
   static void multiply(C* c, int64_t ldc, Left a, Right b, int64_t m, int64_t n, int64_t k, bool accumulate) {
-    gemm<C>(m, n, k, a.data, a.ld, b.data, b.ld, c, ldc, accumulate);
+    constexpr int64_t kWidth = kLanes<C>;
+    const int64_t rest = YOCO_HAS_AVX512 ? n / kWidth % 4 : 0, wide = n - rest * kWidth;
+    if (wide > 0) gemm<C>(m, wide, k, a.data, a.ld, b.data, b.ld, c, ldc, accumulate);
+    if (rest == 1) register_columns<1, C>(m, k, a.data, a.ld, b.data + wide, b.ld, c + wide, ldc, accumulate);
+    if (rest == 2) register_columns<2, C>(m, k, a.data, a.ld, b.data + wide, b.ld, c + wide, ldc, accumulate);
+    if (rest == 3) register_columns<3, C>(m, k, a.data, a.ld, b.data + wide, b.ld, c + wide, ldc, accumulate);
   }
 
   static Left left(Rows<C> x) { return {x.data, x.ld}; }
+  // x^T, from x or from right_transposed(x); its columns kParts times over, as the rows of a scaled operand are.
   static Left left_transposed(Arena& arena, Rows<C> x, int64_t rows, int64_t width) {
     const Right xt = right_transposed(arena, x, rows, width);
     return {xt.data, xt.ld};
@@ -162,7 +170,7 @@ struct BFloatOps {
   using Compute = float;
   using Element = BFloat16;
   static constexpr int kStep = 32;
-  static constexpr bool kSplits = true;  // scaled operands come as a sum of two bfloat16 numbers
+  static constexpr int kParts = 2;  // a scaled operand is the sum of two bfloat16 matrices, one above the other
 
   struct Left {
     const BFloat16* data;
@@ -187,7 +195,7 @@ struct BFloatOps {
 
   // From the pairs of right_transposed: row 2r of the transpose is their low halves, row 2r + 1 the high halves.
   static Left left_transposed(Arena& arena, Right pairs, int64_t rows, int64_t width) {
-    const Rows<BFloat16> to = take_rows<BFloat16>(arena, width, rows);
+    const Rows<BFloat16> to = take_rows<BFloat16>(arena, width, kParts * rows);
     alignas(64) uint16_t even[32], odd[32];
     for (int i = 0; i < 32; ++i) {
       even[i] = static_cast<uint16_t>(2 * i);
@@ -198,8 +206,11 @@ struct BFloatOps {
       const uint32_t* from = pairs.data + r / 2 * pairs.ld;
       for (int64_t n = 0; n < rows; n += 32) {
         const __m512i a = _mm512_loadu_si512(from + n), b = _mm512_loadu_si512(from + n + 16);
-        _mm512_storeu_si512(to.row(r) + n, _mm512_permutex2var_epi16(a, low, b));
-        _mm512_storeu_si512(to.row(r + 1) + n, _mm512_permutex2var_epi16(a, high, b));
+        const __m512i first = _mm512_permutex2var_epi16(a, low, b), second = _mm512_permutex2var_epi16(a, high, b);
+        for (int64_t part = 0; part < kParts; ++part) {
+          _mm512_storeu_si512(to.row(r) + part * rows + n, first);
+          _mm512_storeu_si512(to.row(r + 1) + part * rows + n, second);
+        }
       }
     }
     return {to.data, to.ld};
