@@ -115,7 +115,7 @@ struct Plan {
 };
 
 // Chunks to an anchor. A float32 state costs as much memory traffic as two tensors of a chunk, written and read.
-constexpr int kGroupChunks = 2;
+constexpr int kGroupChunks = 16;
 
 constexpr int64_t round_up(int64_t n) { return ceil_div(n, 256) * 256; }
 

@@ -244,6 +244,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
       }
 
       // ---- O = Q S ----
+      // For the gate gradient S is taken in two halves, rounded and the rest, so that x . (Q S) is exact to 2^-17.
       float o[4][2][4] = {};
 #pragma unroll
       for (int k = 0; k < kDimK / 16; ++k) {
@@ -251,19 +252,33 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
         const float(&s1)[4] = state[2 * k + 1];
         const uint4 b =
             make_uint4(pack2<T>(s0[0], s0[1]), pack2<T>(s1[0], s1[1]), pack2<T>(s0[2], s0[3]), pack2<T>(s1[2], s1[3]));
+        [[maybe_unused]] uint4 rest;
+        if constexpr (kBackward) {
+          rest = make_uint4(pack_rest<T>(s0[0], s0[1], b.x), pack_rest<T>(s1[0], s1[1], b.y),
+                            pack_rest<T>(s0[2], s0[3], b.z), pack_rest<T>(s1[2], s1[3], b.w));
+        }
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           uint32_t a[4];
           ldmatrix(a, tile_q + block_offset(lane_at, m * 16, k * 16));
           mma_16816<T>(o[m][0], a, b.x, b.y);
           mma_16816<T>(o[m][1], a, b.z, b.w);
+          if constexpr (kBackward) {
+            if (has_x) {
+              mma_16816<T>(o[m][0], a, rest.x, rest.y);
+              mma_16816<T>(o[m][1], a, rest.z, rest.w);
+            }
+          }
         }
       }
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
+      const auto apply_row_factors = [&](int m) {
         const float f[2] = {gate.row[m * 16 + lane_row], gate.row[m * 16 + lane_row + 8]};
 #pragma unroll
         for (int e = 0; e < 4; ++e) o[m][0][e] *= f[e / 2], o[m][1][e] *= f[e / 2];
+      };
+      if constexpr (!kBackward) {
+#pragma unroll
+        for (int m = 0; m < 4; ++m) apply_row_factors(m);
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) ldmatrix_trans(v[k], tile_v + block_offset(lane_at, k * 16, warp * 16));
@@ -278,14 +293,33 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
       }
 
       // ---- O += P V ----
-      const auto x_dot = [&](int m, int e) {  // elements e, e + 1 of both column tiles
-        const uint32_t at = tile_x + tile_offset(m * 16 + lane_row + e * 4, warp * 16 + lane_col);
-        const uint32_t at_8 = tile_x + tile_offset(m * 16 + lane_row + e * 4, warp * 16 + 8 + lane_col);
-        const float2 x = unpack2<T>(load_shared(at)), x_8 = unpack2<T>(load_shared(at_8));
+      // x . o for the gate gradient. The other run of the pair has x as its V: there row factor * x is rounded before
+      // it goes into the state. Rounded the same way here, the sums of the two runs differ by the gradient and by
+      // nothing that rounding put into one of them (docs/cuda_retention.md).
+      const auto x_at = [&](int m, int e, int j) {  // elements e, e + 1 of column tile j
+        return unpack2<T>(load_shared(tile_x + tile_offset(m * 16 + lane_row + e * 4, warp * 16 + j * 8 + lane_col)));
+      };
+      const auto x_dot = [&](int m, int e) {
+        const float2 x = x_at(m, e, 0), x_8 = x_at(m, e, 1);
         return o[m][0][e] * x.x + o[m][0][e + 1] * x.y + o[m][1][e] * x_8.x + o[m][1][e + 1] * x_8.y;
+      };
+      const auto rounding_dot = [&](int m, int e) {  // o is Q S still
+        const float f = gate.row[m * 16 + lane_row + e * 4];
+        float sum = 0.f;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float2 x = x_at(m, e, j), rounded = unpack2<T>(pack2<T>(x.x * f, x.y * f));
+          sum += o[m][j][e] * (rounded.x - x.x * f) + o[m][j][e + 1] * (rounded.y - x.y * f);
+        }
+        return sum;
       };
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
+        [[maybe_unused]] float low = 0.f, high = 0.f;
+        if constexpr (kBackward) {
+          if (has_x) low = rounding_dot(m, 0), high = rounding_dot(m, 2);
+          apply_row_factors(m);
+        }
 #pragma unroll
         for (int k = 0; k <= m; ++k) {
           uint32_t a[4];
@@ -295,7 +329,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
         }
         if constexpr (kBackward) {
           if (has_x) {
-            const float low = group_sum<4>(x_dot(m, 0)), high = group_sum<4>(x_dot(m, 2));
+            low = group_sum<4>(low + x_dot(m, 0)), high = group_sum<4>(high + x_dot(m, 2));
             if (lane % 4 == 0) {
               dots[warp * kChunk + m * 16 + lane_row] = low;
               dots[warp * kChunk + m * 16 + lane_row + 8] = high;

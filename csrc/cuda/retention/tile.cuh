@@ -73,6 +73,13 @@ YOCO_DEVICE float2 unpack2<__nv_bfloat16>(uint32_t v) {
   return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
 }
 
+// What rounding (low, high) to `rounded` left over, rounded in turn.
+template <typename T>
+YOCO_DEVICE uint32_t pack_rest(float low, float high, uint32_t rounded) {
+  const float2 r = unpack2<T>(rounded);
+  return pack2<T>(low - r.x, high - r.y);
+}
+
 // Rows of one chunk in global memory: row r at first + r * stride (the stride is negative for a run backwards in time).
 template <typename T>
 struct ChunkRows {
