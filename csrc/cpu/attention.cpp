@@ -1,5 +1,6 @@
 // Attention forward: one pass over the visible key tiles per block of rows, online softmax in float32.
 
+#include "attention_amx.h"
 #include "attention_tile.h"
 
 namespace yoco::cpu::YOCO_ISA {
@@ -58,53 +59,114 @@ class Forward {
   using C = Accumulator<Op>;
   using Packed = PackedKV<T>;
 
-  Forward(const AttentionParams& p, const Packed& kv)
+  // amx_depth: 0, or which instance of AmxForward takes the blocks that suit it.
+  Forward(const AttentionParams& p, const Packed& kv, int amx_depth)
       : p_(p),
         kv_(kv),
         group_(p.heads_q / p.heads_kv),
         depth_(padded_depth<Op>(p.dim_qk)),
         cols_(padded_cols(p.dim_v)),
+        amx_depth_(amx_depth),
         transform_(needs_transform(p)),
         factor_(static_cast<C>(transform_ ? 1.0 : p.scale * kLog2E)) {}
 
   size_t scratch_bytes() const {
-    return (kRows * depth_ + kRows * kKeys) * sizeof(Op) + (kRows * kKeys + kRows * cols_) * sizeof(C) + 256;
+    const size_t general = (kRows * depth_ + kRows * kKeys) * sizeof(Op) + (kRows * kKeys + kRows * cols_) * sizeof(C) +
+                           (amx_depth_ > 0 ? kKeys * (depth_ + cols_) * sizeof(Op) : 0);
+#if YOCO_HAS_AMX
+    return std::max(general, amx_scratch_bytes(amx_depth_));
+#else
+    return general;
+#endif
   }
 
   void run(const Rows& rows, char* scratch) const {
     const Sequence& s = kv_.sequence(rows.sequence);
+#if YOCO_HAS_AMX
+    if constexpr (std::is_same_v<Op, BFloat16>) {
+      switch (amx_depth_) {
+        case 1:
+          if (run_amx<1>(rows, s, scratch)) return;
+          break;
+        case 2:
+          if (run_amx<2>(rows, s, scratch)) return;
+          break;
+        case 3:
+          if (run_amx<3>(rows, s, scratch)) return;
+          break;
+        case 4:
+          if (run_amx<4>(rows, s, scratch)) return;
+          break;
+        case 8:
+          if (run_amx<8>(rows, s, scratch)) return;
+          break;
+      }
+    }
+#endif
+    const RowPlaces places(rows, group_);
     Op* q = reinterpret_cast<Op*>(scratch);                           // [kRows, depth]
     Op* probabilities = q + kRows * depth_;                           // [kRows, kKeys]
     C* scores = reinterpret_cast<C*>(probabilities + kRows * kKeys);  // [kRows, kKeys]
     C* out = scores + kRows * kKeys;                                  // [kRows, cols]
     for (int64_t r = 0; r < rows.count; ++r) {
-      pack_row(query<const T>(p_.q, s, rows, r), p_.dim_qk, depth_, q + r * depth_);
+      pack_row(query<const T>(p_.q, s, places, r), p_.dim_qk, depth_, q + r * depth_);
     }
     std::memset(static_cast<void*>(q + rows.count * depth_), 0, (kRows - rows.count) * depth_ * sizeof(Op));
     std::memset(static_cast<void*>(out), 0, kRows * cols_ * sizeof(C));
     C top[kRows], sum[kRows];
     std::fill(top, top + kRows, -std::numeric_limits<C>::infinity());
     std::fill(sum, sum + kRows, C{0});
-    Tile tile{rows, s, q, probabilities, scores, out, top, sum};
+    Tile tile{rows, s, q, probabilities, scores, out, top, sum, reinterpret_cast<Op*>(out + kRows * cols_)};
     visit(tile, kv_.main_segment(rows.sequence), false);
     if (const Segment* latent = kv_.latent_segment(s)) visit(tile, *latent, true);
-    finish(tile);
+    for (int64_t r = 0; r < rows.count; ++r) finish_row(places, s, r, out + r * cols_, top[r] * factor_, sum[r]);
   }
 
  private:
+#if YOCO_HAS_AMX
+  // False: not a case for this kernel, nothing was written.
+  template <int kDepth>
+  bool run_amx(const Rows& rows, const Sequence& s, char* scratch) const {
+    using Kernel = AmxForward<kDepth>;
+    AmxUnits units(rows.count, kDepth);
+    for (const Segment* segment : {&kv_.main_segment(rows.sequence), kv_.latent_segment(s)}) {
+      if (segment == nullptr || segment->length == 0) continue;
+      if (!units.add(p_, kv_, s, rows, *segment, segment == kv_.latent_segment(s))) return false;
+    }
+    const RowPlaces places(rows, group_);
+    const auto b = Kernel::carve(scratch);
+    Kernel::clear(b, rows.count);
+    for (int64_t r = 0; r < rows.count; ++r) Kernel::set_query(b, r, query<const T>(p_.q, s, places, r), p_.dim_qk);
+    const FlushDenormals flush;
+    Kernel::run(b, factor_, units);
+    float top[kRows], sum[kRows];
+    bool good = true;
+    for (int64_t r = 0; r < rows.count; ++r) {
+      sum[r] = _mm512_reduce_add_ps(_mm512_load_ps(b.sum + 16 * r)), top[r] = -b.shift[r];
+      good &= sum[r] < kAmxLargestSum;
+    }
+    if (!good) return false;
+    alignas(64) float row[Kernel::kDim];
+    for (int64_t r = 0; r < rows.count; ++r) {
+      Kernel::get_output(b, r, row);
+      finish_row(places, s, r, row, top[r], sum[r]);
+    }
+    return true;
+  }
+#endif
+
   struct Tile {
     const Rows& rows;
     const Sequence& s;
     const Op* q;
     Op* probabilities;
     C *scores, *out, *top, *sum;
+    Op* packed;  // room for one block, where kv has none in this layout
   };
 
   template <class P>
-  P* query(const View& view, const Sequence& s, const Rows& rows, int64_t r) const {
-    const int64_t row = rows.first + r;
-    return const_cast<P*>(
-        at<std::remove_const_t<P>>(view, s.batch, s.q_begin + row / group_, rows.kv_head * group_ + row % group_));
+  static P* query(const View& view, const Sequence& s, const RowPlaces& places, int64_t r) {
+    return const_cast<P*>(at<std::remove_const_t<P>>(view, s.batch, s.q_begin + places.query[r], places.head[r]));
   }
 
   void visit(const Tile& t, const Segment& segment, bool latent) const {
@@ -114,9 +176,9 @@ class Forward {
       const auto cover = seen.cover(k0, t.rows.count);
       if (cover == Intervals::kNone) continue;
       const int64_t index = kv_.block_index(segment, t.rows.kv_head, k0 / kKeys);
+      const auto block = kv_.block(segment, latent, t.rows.kv_head, k0 / kKeys, t.packed);
       const int64_t columns = std::min(kKeys, round_up(seen.high - k0, 2 * kMatrixCols));
-      gemm<Op>(t.rows.count, columns, depth_, t.q, depth_, kv_.data(index, Packed::kKeyColumns), kKeys, t.scores, kKeys,
-               false);
+      gemm<Op>(t.rows.count, columns, depth_, t.q, depth_, block.keys, kKeys, t.scores, kKeys, false);
       if (transform_) transform_scores(p_, t.s, t.rows, group_, latent, k0, t.scores);
       if (cover == Intervals::kPart) {
         for (int64_t r = 0; r < t.rows.count; ++r) {
@@ -128,8 +190,7 @@ class Forward {
       }
       softmax(t, columns);
       if (cover == Intervals::kFull || kv_.values_finite(index)) {
-        gemm<Op>(t.rows.count, cols_, columns, t.probabilities, kKeys, kv_.data(index, Packed::kValueRows), cols_,
-                 t.out, cols_, true);
+        gemm<Op>(t.rows.count, cols_, columns, t.probabilities, kKeys, block.values, cols_, t.out, cols_, true);
       } else {
         careful_output(t, seen, segment, latent, k0);
       }
@@ -177,32 +238,31 @@ class Forward {
     }
   }
 
-  void finish(const Tile& t) const {
-    for (int64_t r = 0; r < t.rows.count; ++r) {
-      const int64_t row = t.rows.first + r, head = t.rows.kv_head * group_ + row % group_;
-      C sum = t.sum[r], top = t.top[r] * factor_, scale = 1;
-      if (p_.sinks != nullptr) {
-        const C sink = static_cast<C>(p_.sinks[head] * kLog2E), high = sink > top ? sink : top;
-        const C safe = high == -std::numeric_limits<C>::infinity() ? C{0} : high;
-        scale = std::exp2(top - safe);
-        sum = sum * scale + std::exp2(sink - safe);
-        top = high;
-      }
-      const bool seen = sum != 0;  // true for NaN
-      const C inverse = seen ? scale / sum : C{0};
-      T* out = query<T>(p_.out, t.s, t.rows, r);
-      const C* o = t.out + r * cols_;
-      int64_t j = 0;
-      for (; j + kLanes<C> <= p_.dim_v; j += kLanes<C>) store<C>(out + j, load<C>(o + j) * inverse);
-      for (; j < p_.dim_v; ++j) from_float(o[j] * inverse, out + j);
-      static_cast<C*>(p_.lse)[(t.s.batch * p_.heads_q + head) * p_.time_q + t.s.q_begin + row / group_] =
-          seen ? top * static_cast<C>(kLn2) + std::log(sum) : -std::numeric_limits<C>::infinity();
+  // o: the sum of p v; sum: that of p; top: what was subtracted from every logit, in base 2.
+  void finish_row(const RowPlaces& places, const Sequence& s, int64_t r, const C* o, C top, C sum) const {
+    const int64_t head = places.head[r];
+    C scale = 1;
+    if (p_.sinks != nullptr) {
+      const C sink = static_cast<C>(p_.sinks[head] * kLog2E), high = sink > top ? sink : top;
+      const C safe = high == -std::numeric_limits<C>::infinity() ? C{0} : high;
+      scale = std::exp2(top - safe);
+      sum = sum * scale + std::exp2(sink - safe);
+      top = high;
     }
+    const bool seen = sum != 0;  // true for NaN
+    const C inverse = seen ? scale / sum : C{0};
+    T* out = query<T>(p_.out, s, places, r);
+    int64_t j = 0;
+    for (; j + kLanes<C> <= p_.dim_v; j += kLanes<C>) store<C>(out + j, load<C>(o + j) * inverse);
+    for (; j < p_.dim_v; ++j) from_float(o[j] * inverse, out + j);
+    static_cast<C*>(p_.lse)[(s.batch * p_.heads_q + head) * p_.time_q + s.q_begin + places.query[r]] =
+        seen ? top * static_cast<C>(kLn2) + std::log(sum) : -std::numeric_limits<C>::infinity();
   }
 
   const AttentionParams& p_;
   const Packed& kv_;
   const int64_t group_, depth_, cols_;
+  [[maybe_unused]] const int amx_depth_;
   const bool transform_;
   const C factor_;
 };
@@ -211,19 +271,20 @@ template <class T>
 const char* forward(const AttentionParams& p, const Launch& launch) {
   using C = typename Forward<T>::C;
   using Packed = PackedKV<T>;
-  Packed kv(p, {Packed::kKeyColumns, Packed::kValueRows});
+  int amx_depth = 0;
+#if YOCO_HAS_AMX
+  if (std::is_same_v<T, BFloat16> && !needs_transform(p)) {
+    amx_depth = amx_kernel_depth(p);
+  }
+#endif
+  Packed kv(p, amx_depth);
   if (!kv.allocate()) return "out of memory for the packed keys and values";
   kv.pack(launch);
-  const Forward<T> kernel(p, kv);
+  const Forward<T> kernel(p, kv, amx_depth);
   const std::vector<Rows> tasks = make_row_tasks(p);
   for_each_task(launch, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    thread_local std::unique_ptr<Scratch> scratch;
-    thread_local size_t size = 0;
-    if (size < kernel.scratch_bytes()) {
-      scratch.reset(new Scratch(kernel.scratch_bytes()));
-      size = kernel.scratch_bytes();
-    }
-    kernel.run(tasks[i], scratch->template as<char>());
+    const ScratchLease<TaskScratch> scratch(kernel.scratch_bytes());
+    kernel.run(tasks[i], scratch.data());
   });
   const int64_t end = rows_in_sequences(p);
   zero_rows<T>(p.out, p.batch, p.heads_q, p.dim_v, end, p.time_q);

@@ -59,7 +59,7 @@ class Backward {
       for_each_task(launch, p_.heads_q, [&](int64_t head) { sum_sinks(head); });
     }
     for_each_task(launch, static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
-      const ScratchLease scratch(layout_.bytes(task_row_blocks(tasks_[i]), task_accumulators(tasks_[i])));
+      const ScratchLease<TaskScratch> scratch(layout_.bytes(task_row_blocks(tasks_[i]), task_accumulators(tasks_[i])));
       run_task(tasks_[i], scratch.data());
     });
     if (want_dq_) {

@@ -11,32 +11,6 @@ constexpr int64_t kKeyStep = 32;  // key counts of a tile: what every product ta
 template <class C>
 constexpr C kUnseen = static_cast<C>(1e30);
 
-// Uninitialised memory of this thread, kept between tasks while it is small.
-class ScratchLease {
- public:
-  explicit ScratchLease(size_t bytes) {
-    constexpr size_t kKept = size_t{64} << 20;
-    thread_local std::unique_ptr<Scratch> kept;
-    thread_local size_t kept_bytes = 0;
-    if (bytes > kKept) {
-      own_ = std::make_unique<Scratch>(bytes);
-      data_ = own_->template as<char>();
-    } else {
-      if (kept_bytes < bytes) {
-        kept.reset();
-        kept = std::make_unique<Scratch>(bytes);
-        kept_bytes = bytes;
-      }
-      data_ = kept->template as<char>();
-    }
-  }
-  char* data() const { return data_; }
-
- private:
-  std::unique_ptr<Scratch> own_;
-  char* data_;
-};
-
 // Which keys the rows of a block see; low and high bound their union, all_low and all_high their intersection.
 struct RowIntervals {
   int32_t begin[kRows], end[kRows];

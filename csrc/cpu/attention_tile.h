@@ -56,6 +56,39 @@ bool all_finite(const T* p, int64_t stride, int64_t n, int64_t dim) {
   return sum_lanes<C>(bad) + rest == 0;
 }
 
+// Uninitialised memory of this thread, kept for the next lease of the same purpose while it is small: fresh pages cost
+// more than what is done with them.
+template <class Purpose>
+class ScratchLease {
+ public:
+  explicit ScratchLease(size_t bytes) {
+    constexpr size_t kKept = size_t{64} << 20;
+    thread_local std::unique_ptr<Scratch> kept;
+    thread_local size_t kept_bytes = 0;
+    if (bytes > kKept) {
+      own_ = std::make_unique<Scratch>(bytes);
+      data_ = own_->template as<char>();
+    } else {
+      if (kept_bytes < bytes) {
+        kept.reset();
+        kept = std::make_unique<Scratch>(bytes);
+        kept_bytes = bytes;
+      }
+      data_ = kept->template as<char>();
+    }
+  }
+  ScratchLease(const ScratchLease&) = delete;
+  ScratchLease& operator=(const ScratchLease&) = delete;
+  char* data() const { return data_; }  // null: no memory
+
+ private:
+  std::unique_ptr<Scratch> own_;
+  char* data_;
+};
+
+struct TaskScratch {};
+struct PackedScratch {};
+
 // One K/V segment of one (sequence, KV head): the cached tokens, or the latents.
 struct Segment {
   int64_t batch = 0, begin = 0, length = 0;  // rows of k and v
@@ -63,22 +96,26 @@ struct Segment {
   int64_t blocks() const { return (length + kKeys - 1) / kKeys; }
 };
 
-// Blocks of kKeys keys, packed for the products that read them. What a block holds is up to the layouts asked for.
+#if YOCO_HAS_AMX
+// attention_amx.h
+int64_t slot_elements(int64_t depth);
+void pack_slot(const BFloat16* k, int64_t k_stride, int64_t dim_k, const BFloat16* v, int64_t v_stride, int64_t dim_v,
+               int64_t n, int64_t depth, BFloat16* dst);
+#endif
+
+// K and V of all heads in blocks of kKeys keys: B = K^T [depth_qk, kKeys] for the scores and B = V [kKeys, cols_v] for
+// the output; or, with slot_depth > 0, the slots of attention_amx.h.
 template <class T>
 class PackedKV {
  public:
   using Op = MatrixOperand<T>;
-  enum Layout { kKeyColumns, kKeyRows, kValueColumns, kValueRows, kLayouts };
 
-  // kKeyColumns: B = K^T (scores); kKeyRows: B = K (dQ); kValueRows: B = V (output); kValueColumns: B = V^T (dP).
-  PackedKV(const AttentionParams& p, std::initializer_list<Layout> layouts) : p_(p) {
-    for (Layout l : layouts) wanted_[l] = true;
-    size_t bytes = 0;
-    for (int l = 0; l < kLayouts; ++l) {
-      offset_[l] = bytes;
-      if (wanted_[l]) bytes += block_elements(static_cast<Layout>(l)) * sizeof(Op);
-    }
-    block_bytes_ = round_up(static_cast<int64_t>(bytes), 64);
+  explicit PackedKV(const AttentionParams& p, int slot_depth = 0)
+      : p_(p), depth_(padded_depth<Op>(p.dim_qk)), cols_(padded_cols(p.dim_v)), slot_depth_(slot_depth) {
+    // A slot of 32 keys is padded to 32 * slot_depth components in both K and V.
+    const int64_t components = slot_depth > 0 ? 64 * slot_depth : depth_ + cols_;
+    const int64_t bytes = kKeys * components * static_cast<int64_t>(sizeof(Op));
+    block_bytes_ = round_up(bytes, 64);
     sequences_.reserve(p.num_sequences);
     for (int64_t n = 0; n < p.num_sequences; ++n) {
       const Sequence s = make_sequence(p, n);
@@ -95,9 +132,10 @@ class PackedKV {
 
   bool allocate() {
     total_ = blocks_ * p_.heads_kv;
-    storage_.reset(new (std::nothrow) Scratch(static_cast<size_t>(total_ * block_bytes_)));
-    finite_.resize(2 * total_);
-    return storage_ && !storage_->failed(static_cast<size_t>(total_ * block_bytes_));
+    finite_.resize(total_);
+    if (total_ == 0) return true;
+    storage_ = std::make_unique<ScratchLease<PackedScratch>>(static_cast<size_t>(total_ * block_bytes_));
+    return storage_->data() != nullptr;
   }
 
   void pack(const Launch& launch) {
@@ -117,7 +155,7 @@ class PackedKV {
     }
     for_each_task(launch, static_cast<int64_t>(items.size()), [&](int64_t i) {
       const Item& item = items[i];
-      pack_block(*item.segment, item.latent, item.head, item.block);
+      pack_stored(*item.segment, item.latent, item.head, item.block);
     });
   }
 
@@ -131,65 +169,83 @@ class PackedKV {
   int64_t block_index(const Segment& s, int64_t head, int64_t block) const {
     return s.first_block + head * s.blocks() + block;
   }
-  const Op* data(int64_t index, Layout layout) const {
-    return storage_->template as<Op>(index * block_bytes_ + offset_[layout]);
+  // Consecutive blocks of one head and segment lie together, so this is the first of all their slots.
+  const Op* slots(int64_t index) const { return reinterpret_cast<const Op*>(storage_->data() + index * block_bytes_); }
+
+  struct Block {
+    const Op *keys, *values;
+  };
+  // room: for the block if it is only there as slots.
+  Block block(const Segment& s, bool latent, int64_t head, int64_t block, Op* room) const {
+    if (slot_depth_ > 0) {
+      pack_block(s, latent, head, block, room);
+    } else {
+      room = const_cast<Op*>(slots(block_index(s, head, block)));
+    }
+    return {room, room + kKeys * depth_};
   }
-  bool keys_finite(int64_t index) const { return finite_[2 * index]; }
-  bool values_finite(int64_t index) const { return finite_[2 * index + 1]; }
+  bool values_finite(int64_t index) const { return finite_[index]; }
 
  private:
-  int64_t block_elements(Layout l) const {
-    switch (l) {
-      case kKeyColumns:
-        return padded_depth<Op>(p_.dim_qk) * kKeys;
-      case kValueColumns:
-        return padded_depth<Op>(p_.dim_v) * kKeys;
-      case kKeyRows:
-        return kKeys * padded_cols(p_.dim_qk);
-      default:
-        return kKeys * padded_cols(p_.dim_v);
-    }
+  struct Source {
+    const T *k, *v;
+    int64_t k_stride, v_stride, n;
+  };
+  Source source(const Segment& s, bool latent, int64_t head, int64_t block) const {
+    const View &kv = latent ? p_.latent_k : p_.k, &vv = latent ? p_.latent_v : p_.v;
+    const int64_t row = s.begin + block * kKeys;
+    return {at<T>(kv, s.batch, row, head), at<T>(vv, s.batch, row, head), kv.time_stride, vv.time_stride,
+            std::min(kKeys, s.length - block * kKeys)};
   }
 
-  void pack_block(const Segment& s, bool latent, int64_t head, int64_t block) {
-    const int64_t index = block_index(s, head, block), row = s.begin + block * kKeys;
-    const int64_t n = std::min(kKeys, s.length - block * kKeys);
-    const View &kv = latent ? p_.latent_k : p_.k, &vv = latent ? p_.latent_v : p_.v;
-    const T *k = at<T>(kv, s.batch, row, head), *v = at<T>(vv, s.batch, row, head);
-    finite_[2 * index] = all_finite(k, kv.time_stride, n, p_.dim_qk);
-    finite_[2 * index + 1] = all_finite(v, vv.time_stride, n, p_.dim_v);
-    const auto out = [&](Layout l) { return const_cast<Op*>(data(index, l)); };
-    if (wanted_[kKeyColumns]) pack_columns(k, kv.time_stride, p_.dim_qk, n, out(kKeyColumns));
-    if (wanted_[kValueColumns]) pack_columns(v, vv.time_stride, p_.dim_v, n, out(kValueColumns));
-    if (wanted_[kKeyRows]) pack_rows(k, kv.time_stride, p_.dim_qk, n, out(kKeyRows));
-    if (wanted_[kValueRows]) pack_rows(v, vv.time_stride, p_.dim_v, n, out(kValueRows));
+  void pack_block(const Segment& s, bool latent, int64_t head, int64_t block, Op* dst) const {
+    const Source from = source(s, latent, head, block);
+    pack_columns(from.k, from.k_stride, from.n, dst);
+    pack_rows(from.v, from.v_stride, from.n, dst + kKeys * depth_);
+  }
+
+  void pack_stored(const Segment& s, bool latent, int64_t head, int64_t block) {
+    const int64_t index = block_index(s, head, block);
+    const Source from = source(s, latent, head, block);
+    finite_[index] = all_finite(from.v, from.v_stride, from.n, p_.dim_v);
+    Op* dst = const_cast<Op*>(slots(index));
+#if YOCO_HAS_AMX
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (slot_depth_ > 0) {
+        for (int64_t j = 0; j < kKeys; j += 32) {
+          pack_slot(from.k + j * from.k_stride, from.k_stride, p_.dim_qk, from.v + j * from.v_stride, from.v_stride,
+                    p_.dim_v, from.n - j, slot_depth_, dst + j / 32 * slot_elements(slot_depth_));
+        }
+        return;
+      }
+    }
+#endif
+    pack_block(s, latent, head, block, dst);
   }
 
   // Keys beyond the last one are zero columns, or zero rows.
-  static void pack_columns(const T* src, int64_t stride, int64_t dim, int64_t n, Op* dst) {
-    pack_b_transposed<Op>(src, stride, dim, n, dst, kKeys);
+  void pack_columns(const T* src, int64_t stride, int64_t n, Op* dst) const {
+    pack_b_transposed<Op>(src, stride, p_.dim_qk, n, dst, kKeys);
     const int64_t packed = padded_cols(n);
-    if (packed == kKeys) return;
-    for (int64_t k = 0; k < padded_depth<Op>(dim); k += kPair<Op>) {
+    for (int64_t k = 0; packed < kKeys && k < depth_; k += kPair<Op>) {
       std::memset(static_cast<void*>(dst + k * kKeys + packed * kPair<Op>), 0,
                   (kKeys - packed) * kPair<Op> * sizeof(Op));
     }
   }
-  static void pack_rows(const T* src, int64_t stride, int64_t dim, int64_t n, Op* dst) {
-    const int64_t cols = padded_cols(dim);
-    pack_b<Op>(src, stride, n, dim, dst, cols);
+  void pack_rows(const T* src, int64_t stride, int64_t n, Op* dst) const {
+    pack_b<Op>(src, stride, n, p_.dim_v, dst, cols_);
     const int64_t packed = padded_depth<Op>(n);
-    std::memset(static_cast<void*>(dst + packed * cols), 0, (kKeys - packed) * cols * sizeof(Op));
+    std::memset(static_cast<void*>(dst + packed * cols_), 0, (kKeys - packed) * cols_ * sizeof(Op));
   }
 
   const AttentionParams& p_;
-  bool wanted_[kLayouts] = {};
-  size_t offset_[kLayouts] = {};
+  const int64_t depth_, cols_;
+  [[maybe_unused]] const int slot_depth_;
   int64_t block_bytes_ = 0, blocks_ = 0, total_ = 0;
   std::vector<Sequence> sequences_;
   std::vector<Segment> main_, latent_;
   std::vector<uint8_t> finite_;
-  std::unique_ptr<Scratch> storage_;
+  std::unique_ptr<ScratchLease<PackedScratch>> storage_;
 };
 
 // The rows of one task: row r is query r / group of the sequence, head kv_head * group + r % group.
@@ -211,14 +267,28 @@ inline std::vector<Rows> make_row_tasks(const AttentionParams& p) {
   return tasks;
 }
 
+// Query (counted in its sequence) and head of each row of a task; a division per row would show.
+struct RowPlaces {
+  int64_t query[kRows], head[kRows];
+
+  RowPlaces(const Rows& rows, int64_t group) {
+    int64_t i = rows.first / group, h = rows.first % group;
+    for (int64_t r = 0; r < rows.count; ++r) {
+      query[r] = i, head[r] = rows.kv_head * group + h;
+      if (++h == group) h = 0, ++i;
+    }
+  }
+};
+
 // Key intervals of the rows of a task in one segment, and their union.
 struct Intervals {
   int32_t begin[kRows], end[kRows];
   int64_t low = INT64_MAX, high = 0;
 
   Intervals(const AttentionParams& p, const Sequence& s, const Rows& rows, int64_t group, bool latent) {
-    for (int64_t r = 0; r < rows.count; ++r) {
-      const int64_t i = (rows.first + r) / group;
+    int64_t i = rows.first / group, h = rows.first % group;
+    for (int64_t r = 0; r < rows.count; ++r, ++h) {
+      if (h == group) h = 0, ++i;
       const KeyRange range = latent ? latent_range(p, s, i) : key_range(p, s, i);
       begin[r] = static_cast<int32_t>(range.begin);
       end[r] = static_cast<int32_t>(std::max(range.begin, range.end));

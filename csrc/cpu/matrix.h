@@ -55,6 +55,8 @@ class MatrixScope {
       config[16 + 2 * tile] = 64;  // bytes per row
       config[48 + tile] = 16;      // rows
     }
+    // GCC's intrinsic only says that it reads the first word.
+    __asm__ volatile("" : : "r"(config) : "memory");
     _tile_loadconfig(config);
   }
   ~MatrixScope() { _tile_release(); }
