@@ -14,10 +14,9 @@ YOCO_DEVICE void cp_async_16(void* shared, const void* global, bool valid = true
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
 }
-// The same with only the first `bytes` (0 to 16) read and the rest zero.
-YOCO_DEVICE void cp_async_16_partial(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+// The same with only the first `bytes` (0 to 16) read and the rest zero; `shared` as given by shared_address.
+YOCO_DEVICE void cp_async_16_partial(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 // 4 or 8 bytes (through L1): for rows whose alignment is less than 16 bytes.
 template <int kBytes>

@@ -9,198 +9,10 @@
 // docs/cuda_decode.md has the derivation and the budgets.
 #pragma once
 
-#include "cuda/core/reduce.cuh"
 #include "cuda/decode/dequant.cuh"
-#include "cuda/decode/keys.cuh"
+#include "cuda/decode/tiles.cuh"
 
 namespace yoco::cuda {
-
-template <typename T_, typename Cache_, int kHeadDim, int kRowWarps_>
-struct DecodeConfig {
-  using T = T_;
-  using Cache = Cache_;
-  // Operand type of the tensor cores; see dequant.cuh.
-  using M = typename std::conditional<sizeof(Cache) == 1, __half, T>::type;
-  static constexpr int kD = kHeadDim;
-  static constexpr bool kNarrow = sizeof(Cache) == 1;
-  static constexpr int kKeys = static_cast<int>(decode_tile_keys(kHeadDim));  // per block and stage
-  static constexpr int kRowWarps = kRowWarps_;
-  static constexpr int kWarps = kRowWarps == 1 ? kKeys / 16 : kRowWarps;
-  static constexpr int kTeams = kWarps / kRowWarps;
-  static constexpr int kTeamKeys = kKeys / kTeams;
-  static constexpr int kRows = 16 * kRowWarps;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kLoadRows = kKeys / kWarps;  // keys that a warp copies per stage
-  static constexpr int kRowBytes = kD * static_cast<int>(sizeof(Cache));
-  static constexpr int kChunks = kRowBytes / 16;
-  static constexpr int kTileBytes = kKeys * kRowBytes;
-  static constexpr int kStageBytes = 2 * kTileBytes;
-  static constexpr int kQBytes = kRows * kD * 2;
-  // Floats; the padding keeps the rows of a fragment in different banks (stores of 2, with a narrow cache 4 floats).
-  static constexpr int kMergeStride = kD + (kNarrow ? 16 : 8);
-  static constexpr int kMergeBytes = kTeams * kRows * (kMergeStride + 2) * 4;
-  static constexpr int kMinStages = 2, kMaxStages = 4;
-  static constexpr bool kQInRegisters = kD <= 128;
-
-  static constexpr int shared_bytes(int stages) {
-    return kQBytes + (stages * kStageBytes > kMergeBytes ? stages * kStageBytes : kMergeBytes);
-  }
-};
-
-// Byte offset of 16-byte chunk `chunk` of row `row` in a tile: chunks are permuted so that the eight rows of an
-// ldmatrix fall into different banks.
-template <int kChunks>
-YOCO_DEVICE int swizzled(int row, int chunk) {
-  if constexpr (kChunks >= 8) {
-    return (row * kChunks + (chunk ^ (row & 7))) * 16;
-  } else {
-    static_assert(kChunks == 4, "rows of 64 bytes or of a multiple of 128");
-    return (row * kChunks + (chunk ^ (row >> 1 & 3))) * 16;
-  }
-}
-
-// Column of accumulator element (n_tile, pair element e) of lane l. One-byte V rows come in pairs of columns, so two
-// n-tiles share 16 columns and a lane holds four neighbours.
-template <bool kNarrow>
-YOCO_DEVICE int output_column(int n_tile, int lane, int e) {
-  const int t = lane % 4;
-  return kNarrow ? n_tile / 2 * 16 + 4 * t + 2 * e + n_tile % 2 : n_tile * 8 + 2 * t + e;
-}
-
-// Packed row r of the tile: query token and head of the group.
-struct PackedRow {
-  int64_t t, head;
-};
-YOCO_DEVICE PackedRow packed_row(int64_t r, int64_t group) {
-  const int64_t t = static_cast<uint32_t>(r) / static_cast<uint32_t>(group);
-  return {t, r - t * group};
-}
-
-// Copies one stage (K and V rows); per warp, kLoadRows rows. Where they lie is looked up one stage ahead, so that the
-// block table's latency is not in the way of the copies.
-template <typename C>
-struct TileLoader {
-  using Cache = typename C::Cache;
-  static constexpr int kRowsPerPass = 32 / C::kChunks, kPasses = C::kLoadRows / kRowsPerPass;
-  static_assert(C::kChunks <= 32, "a row is at most one pass");
-
-  const Cache *k, *v;          // of this KV head, at this lane's column
-  int64_t k_stride, v_stride;  // elements from key to key
-  int warp_row;                // first row of this warp in the tile
-  int lane, chunk;
-  int k_bytes, v_bytes;  // valid bytes of this lane's chunk
-  // The next tile: rows [row_begin, row_end) of the warp are there; `next` is the first row's place when they are
-  // consecutive, else this lane's row's.
-  DecodeKeys::Offsets next;
-  bool consecutive;
-  int row_begin, row_end;
-
-  YOCO_DEVICE TileLoader(const DecodeKeys& keys, int64_t kv_head, int warp, int lane_) : lane(lane_) {
-    chunk = lane % C::kChunks;
-    warp_row = warp * C::kLoadRows;
-    constexpr int kSize = sizeof(Cache);
-    k = static_cast<const Cache*>(keys.k().data) + kv_head * keys.k().head_stride + chunk * (16 / kSize);
-    v = static_cast<const Cache*>(keys.v().data) + kv_head * keys.v().head_stride + chunk * (16 / kSize);
-    k_stride = keys.k().time_stride;
-    v_stride = keys.v().time_stride;
-    k_bytes = static_cast<int>(clamp_index(keys.p.dim_qk * kSize - chunk * 16, 0, 16));
-    v_bytes = static_cast<int>(clamp_index(keys.p.dim_v * kSize - chunk * 16, 0, 16));
-  }
-
-  YOCO_DEVICE void look_up(DecodeKeys& keys, int64_t tile_begin) {
-    const int64_t position = tile_begin + warp_row;
-    row_begin = static_cast<int>(clamp_index(keys.first - position, 0, C::kLoadRows));
-    row_end = static_cast<int>(clamp_index(keys.end - position, 0, C::kLoadRows));
-    next = {0, 0, false};
-    consecutive = true;
-    if (row_begin >= row_end) {
-      row_end = 0;
-      return;
-    }
-    consecutive = keys.consecutive(position, C::kLoadRows);
-    if (consecutive) {
-      next = keys.locate(position);
-      if (!next.found) row_end = 0;
-    } else if (lane >= row_begin && lane < row_end) {
-      next = keys.locate(position + lane);
-    }
-  }
-
-  // Addresses of rows that are not there are never read: the copy then has 0 bytes and writes zeros.
-  YOCO_DEVICE void copy(char* stage) const {
-    if (consecutive) {
-      const Cache* k_row = k + next.k + lane / C::kChunks * k_stride;
-      const Cache* v_row = v + next.v + lane / C::kChunks * v_stride;
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int row = pass * kRowsPerPass + lane / C::kChunks;
-        const bool there = row >= row_begin && row < row_end;
-        char* to = stage + swizzled<C::kChunks>(warp_row + row, chunk);
-        cp_async_16_partial(to, k_row, there ? k_bytes : 0);
-        cp_async_16_partial(to + C::kTileBytes, v_row, there ? v_bytes : 0);
-        k_row += kRowsPerPass * k_stride;
-        v_row += kRowsPerPass * v_stride;
-      }
-    } else {
-#pragma unroll 1
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int row = pass * kRowsPerPass + lane / C::kChunks;
-        const bool there = __shfl_sync(0xffffffffu, next.found, row);
-        char* to = stage + swizzled<C::kChunks>(warp_row + row, chunk);
-        cp_async_16_partial(to, k + __shfl_sync(0xffffffffu, next.k, row), there ? k_bytes : 0);
-        cp_async_16_partial(to + C::kTileBytes, v + __shfl_sync(0xffffffffu, next.v, row), there ? v_bytes : 0);
-      }
-    }
-  }
-};
-
-// Rows of Q into shared memory as M, zeros where there is no row or column. With a narrow cache each row is scaled by a
-// power of two into half's range, and the pairs of every 16 columns are reordered: pair 2i goes to place i, pair 2i + 1
-// to 4 + i, which matches four neighbouring bytes of K in one register. row_scale[row] undoes the scaling.
-template <typename C>
-YOCO_DEVICE void load_q(char* q_shared, float* row_scale, const DecodeParams& p, int64_t b, int64_t kv_head,
-                        int64_t first_row, int64_t rows, int64_t group) {
-  using T = typename C::T;
-  constexpr int kChunks = C::kD / 8;
-  const int lane = threadIdx.x % 32;
-  const auto read = [&](int row, int chunk) {
-    Vec<T, 8> q{};
-    if (first_row + row < rows && chunk * 8 < p.dim_qk) {
-      const PackedRow r = packed_row(first_row + row, group);
-      q = load_const<8>(static_cast<const T*>(p.q.data) + b * p.q.batch_stride + r.t * p.q.time_stride +
-                        (kv_head * group + r.head) * p.q.head_stride + chunk * 8);
-    }
-    return q;
-  };
-  if constexpr (!C::kNarrow) {
-    for (int i = threadIdx.x; i < C::kRows * kChunks; i += C::kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      store(reinterpret_cast<T*>(q_shared + swizzled<kChunks>(row, chunk)), read(row, chunk));
-    }
-  } else {
-    for (int row = threadIdx.x / 32; row < C::kRows; row += C::kWarps) {  // a warp per row, a lane per chunk
-      const bool active = lane < kChunks;
-      Vec<T, 8> q{};
-      if (active) q = read(row, lane);
-      float largest = 0.f;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(to_float(q[i])));
-      largest = group_max(largest);
-      // 2^14 <= largest * 2^-exponent < 2^15; bounds keep both factors normal.
-      const int exponent = min(max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, -100), 100) - 14;
-      const float scale = largest == 0.f ? 1.f : __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
-      if (lane == 0) row_scale[row] = 1.f / scale;
-      if (!active) continue;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int pair = lane % 2 * 4 + j;                          // within 16 columns
-        const int place = pair % 2 == 0 ? pair / 2 : 4 + pair / 2;  // 0..7: two chunks of four pairs
-        *reinterpret_cast<uint32_t*>(q_shared + swizzled<kChunks>(row, lane / 2 * 2 + place / 4) + place % 4 * 4) =
-            pack2<__half>(to_float(q[2 * j]) * scale, to_float(q[2 * j + 1]) * scale);
-      }
-    }
-  }
-}
 
 // Shared address of this lane's row for ldmatrix at chunk pair 0. Rows are aligned to their size, so chunk c of the row
 // is at address ^ (c * 16) for even c, and eight rows further down lie at a constant distance.
@@ -359,7 +171,7 @@ YOCO_DEVICE void multiply_pv_seen(float (&o)[C::kD / 8][4], const uint32_t (&p)[
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, C::kResident)
     decode_kernel(const DecodeParams p, const DecodeSegment segment, const DecodePartials partials,
                   const int64_t row_tiles, const int stages) {
   using T = typename C::T;
@@ -367,6 +179,7 @@ __global__ void __launch_bounds__(C::kThreads)
   extern __shared__ __align__(1024) char shared[];
   char* const q_shared = shared;
   char* const ring = shared + C::kQBytes;
+  const uint32_t ring_address = shared_address(ring);
 
   // ---- what this block works on ----
   const int64_t group = p.heads_q / p.heads_kv, rows = group * p.time_q;
@@ -386,7 +199,7 @@ __global__ void __launch_bounds__(C::kThreads)
   loader.look_up(keys, keys.begin);
   const auto copy_next = [&](int slot) {
     if (to_copy < tiles) {
-      loader.copy(ring + slot * C::kStageBytes);
+      loader.copy(ring_address + slot * C::kStageBytes);
       ++to_copy;
       loader.look_up(keys, keys.begin + int64_t(to_copy) * C::kKeys);
     }
@@ -571,13 +384,13 @@ __global__ void __launch_bounds__(C::kThreads)
   }
 }
 
-// The number of stages that leaves room for two blocks per SM, or failing that one.
+// As many stages as leave room for kResident blocks per SM.
 template <typename C>
 const char* launch_decode_instance(const DecodeParams& p, const DecodePlan& plan, const DecodeSegment& segment,
                                    const DecodePartials& partials, const Launch& launch) {
-  const int limit = max_shared_memory(launch.device);  // of a block; an SM has 1 KB more per block
+  const int limit = max_shared_memory(launch.device);  // of a block; an SM has 1 KB more, and takes 1 KB per block
   int stages = C::kMaxStages;
-  while (stages > C::kMinStages && 2 * (C::shared_bytes(stages) + 1024) > limit + 1024) --stages;
+  while (stages > C::kMinStages && C::kResident * (C::shared_bytes(stages) + 1024) > limit + 1024) --stages;
   if (C::shared_bytes(stages) > limit) return "attention_decode: this GPU has too little shared memory per block";
   const dim3 grid(static_cast<unsigned>(p.batch * p.heads_kv * plan.row_tiles), static_cast<unsigned>(segment.splits));
   return launch_kernel(decode_kernel<C>, grid, C::kThreads, C::shared_bytes(stages), launch, p, segment, partials,

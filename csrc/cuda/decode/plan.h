@@ -34,6 +34,12 @@ struct DecodePlan {
 // Keys that a block takes in at a time; the unit of a split.
 constexpr int64_t decode_tile_keys(int head_dim) { return head_dim <= 128 ? 64 : 32; }
 
+// Blocks that share an SM. A one-byte cache moves half the bytes per instruction and a narrow head fewer per block, so
+// they need more warps to keep up with memory; the accumulators of the other instances leave room for two.
+constexpr int decode_resident_blocks(int head_dim, bool narrow, int row_warps) {
+  return row_warps == 1 && (head_dim == 64 || (head_dim == 128 && narrow)) ? 3 : 2;
+}
+
 inline bool decode_fits_tensor_cores(const DecodeParams& p) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return false;
   const size_t cache = element_size(p.cache_dtype);
@@ -50,8 +56,9 @@ inline DecodePlan plan_decode(const DecodeParams& p, int sms) {
   plan.row_warps = rows <= 16 ? 1 : 4;
   plan.row_tiles = ceil_div(rows, plan.tensor_cores ? 16 * plan.row_warps : 1);
   const int64_t tile = decode_tile_keys(plan.head_dim);
-  // Two blocks are resident per SM; a piece of 256 keys still hides its prologue behind its neighbour's stream.
-  const int64_t resident = 2 * std::max(sms, 1), min_tiles = 256 / tile;
+  const bool narrow = element_size(p.cache_dtype) == 1;
+  const int64_t resident = decode_resident_blocks(plan.head_dim, narrow, plan.row_warps) * std::max(sms, 1);
+  const int64_t min_tiles = 256 / tile;  // a piece of 256 keys still hides its prologue behind its neighbour's stream
   const int64_t items = p.heads_kv * plan.row_tiles;
   int64_t splits = decode_splits(ceil_div(p.capacity, tile), items, resident, min_tiles);
   // A window bounds the visible keys whatever the length.
