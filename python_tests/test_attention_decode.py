@@ -1,4 +1,4 @@
-"""attention_decode: the rule of numerics over layouts, dtypes and options, what must be equal bit for bit, bad input."""
+"""attention_decode: the rule of numerics over layouts, dtypes, options; what is equal bit for bit; bad input."""
 
 from __future__ import annotations
 
