@@ -271,8 +271,8 @@ def _train(options: argparse.Namespace) -> int:
     from .training import Trainer, TrainingConfig, bits_per_byte, default_precision
 
     device = _device(options)
-    corpus = load_corpus(options.text)
     if options.resume:
+        corpus = load_corpus(options.text)
         trainer = Trainer.resume(options.output, corpus.train, ops=options.ops, device=device)
         config = trainer.config
         print(f"resuming {options.output} at step {trainer.step} of {config.steps}")
@@ -284,8 +284,10 @@ def _train(options: argparse.Namespace) -> int:
         values = {field.name: getattr(options, field.name) for field in _training_fields()}
         values["precision"] = options.precision or default_precision(device)
         config = TrainingConfig(**values)
+        shape = _model_config(options, VOCAB_SIZE)
+        corpus = load_corpus(options.text)
         torch.manual_seed(config.seed)
-        model = YOCOForCausalLM(_model_config(options, VOCAB_SIZE), options.ops).to(device)
+        model = YOCOForCausalLM(shape, options.ops).to(device)
         trainer = Trainer(model, config, Batches(corpus.train, config.batch_size, config.seq_len, config.seed))
     size = sum(p.numel() for p in trainer.model.parameters())
     print(
