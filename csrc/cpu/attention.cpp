@@ -74,35 +74,29 @@ class Forward {
     const size_t general = (kRows * depth_ + kRows * kKeys) * sizeof(Op) + (kRows * kKeys + kRows * cols_) * sizeof(C) +
                            (amx_depth_ > 0 ? kKeys * (depth_ + cols_) * sizeof(Op) : 0);
 #if YOCO_HAS_AMX
-    return std::max(general, amx_scratch_bytes(amx_depth_));
-#else
-    return general;
+    if constexpr (!std::is_same_v<T, double>) {
+      if (amx_depth_ > 0) return std::max(general, amx_scratch_bytes<T>(amx_depth_));
+    }
 #endif
+    return general;
   }
 
   void run(const Rows& rows, char* scratch) const {
     const Sequence& s = kv_.sequence(rows.sequence);
 #if YOCO_HAS_AMX
-    if constexpr (std::is_same_v<Op, BFloat16>) {
-      switch (amx_depth_) {
-        case 1:
-          if (run_amx<1>(rows, s, scratch)) return;
-          break;
-        case 2:
-          if (run_amx<2>(rows, s, scratch)) return;
-          break;
-        case 3:
-          if (run_amx<3>(rows, s, scratch)) return;
-          break;
-        case 4:
-          if (run_amx<4>(rows, s, scratch)) return;
-          break;
-        case 8:
-          if (run_amx<8>(rows, s, scratch)) return;
-          break;
-      }
+    if constexpr (!std::is_same_v<T, double>) {
+      if (amx_depth_ == 2 && run_amx<2>(rows, s, scratch)) return;
+      if (amx_depth_ == 4 && run_amx<4>(rows, s, scratch)) return;
+      if (amx_depth_ == 8 && run_amx<8>(rows, s, scratch)) return;
     }
 #endif
+    for (int64_t r = 0; r < rows.count; r += kRows) {
+      run_tile({rows.sequence, rows.kv_head, rows.first + r, std::min(kRows, rows.count - r)}, s, scratch);
+    }
+  }
+
+ private:
+  void run_tile(const Rows& rows, const Sequence& s, char* scratch) const {
     const RowPlaces places(rows, group_);
     Op* q = reinterpret_cast<Op*>(scratch);                           // [kRows, depth]
     Op* probabilities = q + kRows * depth_;                           // [kRows, kKeys]
@@ -122,13 +116,12 @@ class Forward {
     for (int64_t r = 0; r < rows.count; ++r) finish_row(places, s, r, out + r * cols_, top[r] * factor_, sum[r]);
   }
 
- private:
 #if YOCO_HAS_AMX
   // False: not a case for this kernel, nothing was written.
   template <int kDepth>
   bool run_amx(const Rows& rows, const Sequence& s, char* scratch) const {
-    using Kernel = AmxForward<kDepth>;
-    AmxUnits units(rows.count, kDepth);
+    using Kernel = AmxForward<T, kDepth>;
+    AmxUnits units(rows.count, kDepth, Kernel::kP);
     for (const Segment* segment : {&kv_.main_segment(rows.sequence), kv_.latent_segment(s)}) {
       if (segment == nullptr || segment->length == 0) continue;
       if (!units.add(p_, kv_, s, rows, *segment, segment == kv_.latent_segment(s))) return false;
@@ -136,10 +129,14 @@ class Forward {
     const RowPlaces places(rows, group_);
     const auto b = Kernel::carve(scratch);
     Kernel::clear(b, rows.count);
-    for (int64_t r = 0; r < rows.count; ++r) Kernel::set_query(b, r, query<const T>(p_.q, s, places, r), p_.dim_qk);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const T* q = query<const T>(p_.q, s, places, r);
+      if (Kernel::kP > 1 && !all_finite(q, 0, 1, p_.dim_qk)) return false;
+      Kernel::set_query(b, r, q, p_.dim_qk);
+    }
     const FlushDenormals flush;
     Kernel::run(b, factor_, units);
-    float top[kRows], sum[kRows];
+    float top[kTaskRows], sum[kTaskRows];
     bool good = true;
     for (int64_t r = 0; r < rows.count; ++r) {
       sum[r] = _mm512_reduce_add_ps(_mm512_load_ps(b.sum + 16 * r)), top[r] = -b.shift[r];
@@ -189,7 +186,7 @@ class Forward {
         }
       }
       softmax(t, columns);
-      if (cover == Intervals::kFull || kv_.values_finite(index)) {
+      if (cover == Intervals::kFull || kv_.finite(index)) {
         gemm<Op>(t.rows.count, cols_, columns, t.probabilities, kKeys, block.values, cols_, t.out, cols_, true);
       } else {
         careful_output(t, seen, segment, latent, k0);
@@ -267,21 +264,29 @@ class Forward {
   const C factor_;
 };
 
+// Many rows take the same keys out of L2, as long as there are tasks for many threads. Results do not depend on it.
+int64_t task_rows(const AttentionParams& p, bool amx) {
+  int64_t rows = kRows;
+  const auto tasks = [&](int64_t n) { return p.num_sequences * p.heads_q * p.max_seqlen_q / n; };
+  while (amx && rows < kTaskRows && tasks(2 * rows) >= 64) rows *= 2;
+  return rows;
+}
+
 template <class T>
 const char* forward(const AttentionParams& p, const Launch& launch) {
   using C = typename Forward<T>::C;
   using Packed = PackedKV<T>;
-  int amx_depth = 0;
+  int amx_depth = 0, planes = 1;
 #if YOCO_HAS_AMX
-  if (std::is_same_v<T, BFloat16> && !needs_transform(p)) {
-    amx_depth = amx_kernel_depth(p);
+  if (!std::is_same_v<T, double> && !needs_transform(p)) {
+    amx_depth = amx_kernel_depth(p), planes = kPlanes<T>;
   }
 #endif
-  Packed kv(p, amx_depth);
+  Packed kv(p, amx_depth, planes);
   if (!kv.allocate()) return "out of memory for the packed keys and values";
   kv.pack(launch);
   const Forward<T> kernel(p, kv, amx_depth);
-  const std::vector<Rows> tasks = make_row_tasks(p);
+  const std::vector<Rows> tasks = make_row_tasks(p, task_rows(p, amx_depth > 0));
   for_each_task(launch, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const ScratchLease<TaskScratch> scratch(kernel.scratch_bytes());
     kernel.run(tasks[i], scratch.data());

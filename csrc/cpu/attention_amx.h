@@ -3,6 +3,10 @@
 // go through exp2, the score products of the next slot and a share of the output products of the previous unit are
 // issued, a tile or so per row.
 //
+// Wider inputs are split into planes of bf16, each the leading bits of what the planes before it leave: three hold a
+// float32 exactly, two a float16. The products of planes that matter (i + j < number of planes) are added into the same
+// accumulator, which keeps the accuracy of a product in float32 at a multiple of its speed.
+//
 // There is no running maximum: the first keys a row sees give its shift, and later scores may exceed it by 2^60 before
 // float32 sums could overflow. Sums are checked at the end; the rare block that fails runs again on the general path.
 #pragma once
@@ -18,7 +22,7 @@ namespace {
 
 constexpr int kTile = 512;  // elements of a bf16 tile; one of float has half as many
 constexpr int64_t kSlotRows = 32, kSlotKeys = 32;
-constexpr int64_t kGroups = kRows / kSlotRows;
+constexpr int64_t kGroups = kTaskRows / kSlotRows;
 constexpr int64_t kGroupKeys = 512;  // keys that one group takes before the next one does: they stay in L2
 // Sums beyond this, infinities and NaN: the shift was not good enough.
 constexpr float kAmxLargestSum = 0x1p60f;
@@ -45,38 +49,92 @@ YOCO_INLINE __m512 exp2_bf16(__mmask16 visible, __m512 x) {
   return _mm512_maskz_scalef_ps(visible, y, x);  // y * 2^floor(x)
 }
 
-// Keys and values of kSlotKeys keys lie together, as the tiles that are loaded, each 1 KiB:
-// kDepth x 2 tiles of K^T (32 components x 16 keys), then kDepth x 2 tiles of V (32 keys x 16 components).
-inline int64_t slot_elements(int64_t depth) { return 4 * depth * kTile; }
+// The same with relative error 1e-7.
+YOCO_INLINE __m512 exp2_float(__mmask16 visible, __m512 x) {
+  return _mm512_maskz_mov_ps(visible, bit_cast<__m512>(exp2_nonpositive(bit_cast<Vec<float>>(x))));
+}
 
-// Packs n <= 32 keys; what is missing is zero.
-inline void pack_slot(const BFloat16* k, int64_t k_stride, int64_t dim_k, const BFloat16* v, int64_t v_stride,
-                      int64_t dim_v, int64_t n, int64_t depth, BFloat16* dst) {
-  for (int64_t d = 0; d < depth; ++d) {
-    const int64_t width = std::clamp<int64_t>(dim_k - 32 * d, 0, 32);
-    const auto columns = static_cast<__mmask32>((uint64_t{1} << width) - 1);
-    for (int64_t half = 0; half < 2; ++half) {
-      alignas(64) uint32_t words[16 * 16];
-      for (int64_t j = 0; j < 16; ++j) {
-        const int64_t key = half * 16 + j;
-        const __m512i row =
-            key < n ? _mm512_maskz_loadu_epi16(columns, k + key * k_stride + 32 * d) : _mm512_setzero_si512();
-        _mm512_store_si512(words + 16 * j, row);
-      }
-      transpose_words(words, 16, 16, reinterpret_cast<uint32_t*>(dst + (2 * d + half) * kTile), 16);
+template <class T>
+constexpr int kPlanes = std::is_same_v<T, float> ? 3 : (std::is_same_v<T, Float16> ? 2 : 1);
+
+// The leading bits of x as bf16 (in the upper half of each word); x keeps the rest. Exact.
+YOCO_INLINE __m512i take_plane(__m512& x) {
+  const __m512i plane = _mm512_and_si512(bit_cast<__m512i>(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  x = _mm512_sub_ps(x, bit_cast<__m512>(plane));
+  return plane;
+}
+// Two vectors of such words as one row of 32 bf16.
+YOCO_INLINE __m512i join_planes(__m512i low, __m512i high) {
+  return bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
+}
+
+// The first `width` elements as float, the rest zero.
+YOCO_INLINE __m512 load_some(const float* p, int64_t width) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << std::clamp<int64_t>(width, 0, 16)) - 1), p);
+}
+YOCO_INLINE __m512 load_some(const Float16* p, int64_t width) {
+  return _mm512_cvtph_ps(
+      _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << std::clamp<int64_t>(width, 0, 16)) - 1), p));
+}
+
+// 32 components of one row, one row of 32 bf16 per plane.
+template <class T>
+YOCO_INLINE void load_planes(const T* p, int64_t width, __m512i* planes) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto columns = static_cast<__mmask32>((uint64_t{1} << std::clamp<int64_t>(width, 0, 32)) - 1);
+    planes[0] = _mm512_maskz_loadu_epi16(columns, p);
+  } else {
+    __m512 low = load_some(p, width), high = load_some(p + 16, width - 16);
+    for (int i = 0; i < kPlanes<T>; ++i) {
+      const __m512i a = take_plane(low), b = take_plane(high);
+      planes[i] = join_planes(a, b);
     }
   }
-  BFloat16* values = dst + 2 * depth * kTile;
+}
+
+// Keys and values of kSlotKeys keys lie together, as the tiles that are loaded, each 1 KiB: per plane depth x 2 tiles
+// of K^T (32 components x 16 keys), then per plane depth x 2 tiles of V (32 keys x 16 components).
+constexpr int64_t slot_elements(int64_t depth, int64_t planes) { return 4 * depth * planes * kTile; }
+
+// Packs n <= 32 keys; what is missing is zero.
+template <class T>
+void pack_slot(const T* k, int64_t k_stride, int64_t dim_k, const T* v, int64_t v_stride, int64_t dim_v, int64_t n,
+               int64_t depth, BFloat16* dst) {
+  constexpr int kCount = kPlanes<T>;
+  for (int64_t d = 0; d < depth; ++d) {
+    for (int64_t half = 0; half < 2; ++half) {
+      alignas(64) uint32_t words[kCount][16 * 16];
+      for (int64_t j = 0; j < 16; ++j) {
+        const int64_t key = half * 16 + j;
+        __m512i planes[kCount] = {};
+        if (key < n) load_planes(k + key * k_stride + 32 * d, dim_k - 32 * d, planes);
+        for (int i = 0; i < kCount; ++i) _mm512_store_si512(words[i] + 16 * j, planes[i]);
+      }
+      for (int i = 0; i < kCount; ++i) {
+        auto* to = reinterpret_cast<uint32_t*>(dst + (2 * (i * depth + d) + half) * kTile);
+        transpose_words(words[i], 16, 16, to, 16);
+      }
+    }
+  }
+  BFloat16* values = dst + 2 * depth * kCount * kTile;
   for (int64_t t = 0; t < 2 * depth; ++t) {
     const int64_t width = std::clamp<int64_t>(dim_v - 16 * t, 0, 16);
-    const auto columns = static_cast<__mmask16>((1u << width) - 1);
     for (int64_t j = 0; j < 16; ++j) {
+      // Words: the even key's value in the lower half, the odd one's in the upper half.
       const auto row = [&](int64_t key) {
-        return key < n ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, v + key * v_stride + 16 * t))
-                       : _mm512_setzero_si512();
+        if constexpr (std::is_same_v<T, BFloat16>) {
+          const auto columns = static_cast<__mmask16>((1u << width) - 1);
+          const __m256i x = _mm256_maskz_loadu_epi16(key < n ? columns : __mmask16{0}, v + key * v_stride + 16 * t);
+          return bit_cast<__m512>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+        } else {
+          return key < n ? load_some(v + key * v_stride + 16 * t, width) : _mm512_setzero_ps();
+        }
       };
-      _mm512_store_si512(values + t * kTile + 32 * j,
-                         _mm512_or_si512(row(2 * j), _mm512_slli_epi32(row(2 * j + 1), 16)));
+      __m512 even = row(2 * j), odd = row(2 * j + 1);
+      for (int i = 0; i < kCount; ++i) {
+        const __m512i a = take_plane(even), b = take_plane(odd);
+        _mm512_store_si512(values + (i * 2 * depth + t) * kTile + 32 * j, _mm512_or_si512(_mm512_srli_epi32(a, 16), b));
+      }
     }
   }
 }
@@ -97,17 +155,20 @@ struct AmxUnit {
 // The units of one block of rows.
 class AmxUnits {
  public:
-  AmxUnits(int64_t rows, int64_t depth)
-      : groups_(static_cast<int>((rows + kSlotRows - 1) / kSlotRows)), depth_(depth) {}
+  AmxUnits(int64_t rows, int64_t depth, int64_t planes)
+      : groups_(static_cast<int>((rows + kSlotRows - 1) / kSlotRows)),
+        depth_(depth),
+        slot_elements_(slot_elements(depth, planes)) {}
 
   // False when a value that is not finite lies where the mask may put a zero: 0 * NaN is NaN.
-  bool add(const AttentionParams& p, const PackedKV<BFloat16>& kv, const Sequence& s, const Rows& rows,
-           const Segment& segment, bool latent) {
+  template <class T>
+  bool add(const AttentionParams& p, const PackedKV<T>& kv, const Sequence& s, const Rows& rows, const Segment& segment,
+           bool latent) {
     const Intervals seen(p, s, rows, p.heads_q / p.heads_kv, latent);
     if (seen.empty()) return true;
     const int64_t first_block = kv.block_index(segment, rows.kv_head, 0);
     for (int64_t block = seen.low / kKeys; block * kKeys < seen.high; ++block) {
-      if (!kv.values_finite(first_block + block)) return false;
+      if (!kv.finite(first_block + block)) return false;
     }
     Part& part = parts_[count_++];
     part.keys = kv.slots(first_block);
@@ -142,7 +203,7 @@ class AmxUnits {
       const int64_t stop = std::min(limit_, g.high);
       if (g.at < stop) {
         const int64_t slots = std::min(depth_, (stop - g.at + kSlotKeys - 1) / kSlotKeys);
-        unit.slots_data = part.keys + g.at / kSlotKeys * slot_elements(depth_);
+        unit.slots_data = part.keys + g.at / kSlotKeys * slot_elements_;
         unit.group = group_;
         unit.slots = static_cast<int>(slots);
         const auto inside = [&](int64_t key) {
@@ -177,38 +238,48 @@ class AmxUnits {
 
   Part parts_[2];
   const int groups_;
-  const int64_t depth_;
+  const int64_t depth_, slot_elements_;
   int count_ = 0, part_ = 0, group_ = 0;
   int64_t limit_ = 0;
 };
 
 // kDepth: head dims in units of 32. A unit has up to kDepth slots, so that the output products of one unit (kDepth
 // pairs of tiles per 32 rows) spread evenly over the slots of the next.
-template <int kDepth>
+template <class T, int kDepth>
 class AmxForward {
  public:
+  static constexpr int kP = kPlanes<T>;
   static constexpr int64_t kDim = kDepth * 32;
-  static constexpr int kSteps = 4 * kDepth;  // tile products of one slot's scores, and of one pair of output tiles
+  // Which planes are multiplied: every next pair changes one operand where possible.
+  static constexpr int kPairs = kP * (kP + 1) / 2;
+  static constexpr int kLeft[] = {0, 0, 0, 1, 1, 2}, kRight3[] = {2, 1, 0, 0, 1, 0}, kLeft2[] = {0, 0, 1},
+                       kRight2[] = {1, 0, 0};
+  static constexpr int left(int pair) { return kP == 3 ? kLeft[pair] : (kP == 2 ? kLeft2[pair] : 0); }
+  static constexpr int right(int pair) { return kP == 3 ? kRight3[pair] : (kP == 2 ? kRight2[pair] : 0); }
+  // Tile products of one slot's scores, and of one pair of output tiles.
+  static constexpr int kSteps = 4 * kPairs * kDepth;
+  static constexpr int64_t kSlotElements = slot_elements(kDepth, kP), kValues = kSlotElements / 2;
 
   struct Buffers {
     float* out;     // [kGroups + 1][kDepth * 2] tiles of 2 x 16 x 16; the last group is for what nobody wants
-    float* sum;     // [kRows, 16]: a partial sum per vector lane
-    float* shift;   // [kRows]: minus the maximum in base 2; infinity: not known yet
+    float* sum;     // [kTaskRows, 16]: a partial sum per vector lane
+    float* shift;   // [kTaskRows]: minus the maximum in base 2; infinity: not known yet
     float* scores;  // [2][kSlotRows, kSlotKeys]
     BFloat16* q;    // [kGroups][kDepth] of 2 tiles
     BFloat16* p;    // [2][kDepth] of 2 tiles
   };
-  static constexpr int64_t kGroupOut = kDepth * 2 * kTile, kGroupQ = kDepth * 2 * kTile;
+  static constexpr int64_t kGroupOut = kDepth * 2 * kTile, kPlaneQ = kDepth * 2 * kTile, kGroupQ = kP * kPlaneQ,
+                           kSlotP = kP * 2 * kTile;
   static constexpr size_t bytes() {
-    return (kGroups + 1) * kGroupOut * 4 + kRows * 17 * 4 + 2 * kSlotRows * kSlotKeys * 4 + kGroups * kGroupQ * 2 +
-           2 * kDepth * 2 * kTile * 2;
+    return (kGroups + 1) * kGroupOut * 4 + kTaskRows * 17 * 4 + 2 * kSlotRows * kSlotKeys * 4 + kGroups * kGroupQ * 2 +
+           2 * kDepth * kSlotP * 2;
   }
   static Buffers carve(char* memory) {
     Buffers b;
     b.out = reinterpret_cast<float*>(memory);
     b.sum = b.out + (kGroups + 1) * kGroupOut;
-    b.shift = b.sum + kRows * 16;
-    b.scores = b.shift + kRows;
+    b.shift = b.sum + kTaskRows * 16;
+    b.scores = b.shift + kTaskRows;
     b.q = reinterpret_cast<BFloat16*>(b.scores + 2 * kSlotRows * kSlotKeys);
     b.p = b.q + kGroups * kGroupQ;
     return b;
@@ -219,18 +290,18 @@ class AmxForward {
     std::memset(b.out + kGroups * kGroupOut, 0, kGroupOut * sizeof(float));
     std::memset(b.sum, 0, round_up(rows, kSlotRows) * 16 * sizeof(float));
     // Rows that fill up the last slot have zero queries and need no shift.
-    for (int64_t r = 0; r < kRows; ++r) b.shift[r] = r < rows ? std::numeric_limits<float>::infinity() : 0.0f;
+    for (int64_t r = 0; r < kTaskRows; ++r) b.shift[r] = r < rows ? std::numeric_limits<float>::infinity() : 0.0f;
     if (rows % kSlotRows != 0) {
       std::memset(static_cast<void*>(b.q + rows / kSlotRows * kGroupQ), 0, kGroupQ * sizeof(BFloat16));
     }
   }
 
-  static void set_query(const Buffers& b, int64_t r, const BFloat16* row, int64_t dim) {
+  static void set_query(const Buffers& b, int64_t r, const T* row, int64_t dim) {
     BFloat16* q = b.q + r / kSlotRows * kGroupQ + r % kSlotRows * 32;
     for (int64_t d = 0; d < kDepth; ++d) {
-      const int64_t width = std::clamp<int64_t>(dim - 32 * d, 0, 32);
-      const auto columns = static_cast<__mmask32>((uint64_t{1} << width) - 1);
-      _mm512_store_si512(q + d * 2 * kTile, _mm512_maskz_loadu_epi16(columns, row + 32 * d));
+      __m512i planes[kP] = {};
+      if (32 * d < dim) load_planes(row + 32 * d, dim - 32 * d, planes);
+      for (int i = 0; i < kP; ++i) _mm512_store_si512(q + i * kPlaneQ + d * 2 * kTile, planes[i]);
     }
   }
   static void get_output(const Buffers& b, int64_t r, float* row) {
@@ -250,7 +321,7 @@ class AmxForward {
     float* scores = b.scores;
     float* next_scores = b.scores + kSlotRows * kSlotKeys;
     BFloat16* p = b.p;
-    BFloat16* previous_p = b.p + kDepth * 2 * kTile;
+    BFloat16* previous_p = b.p + kDepth * kSlotP;
     all_scores(b.q + current->group * kGroupQ, current->slots_data, scores);
     for (bool more = true; more;) {
       more = source.next(*following);
@@ -261,16 +332,16 @@ class AmxForward {
         const AmxUnit& unit = last && more ? *following : *current;
         const int next_slot = last ? (more ? 0 : slot) : slot + 1;
         const Work work{b.q + unit.group * kGroupQ,
-                        unit.slots_data + next_slot * slot_elements(kDepth),
+                        unit.slots_data + next_slot * kSlotElements,
                         next_scores,
                         previous_p,
-                        previous->slots_data + (2 * kDepth + 2 * slot) * kTile,
+                        previous->slots_data + kValues + 2 * slot * kTile,
                         b.out + previous->group * kGroupOut + slot * 4 * 256,
                         previous->slots};
         if (fresh[current->group]) {
           fresh[current->group] = first_shift(*current, slot, scores, factor, b.shift + row);
         }
-        rows(work, *current, slot, scores, factor, b.shift + row, b.sum + row * 16, p + slot * 2 * kTile);
+        rows(work, *current, slot, scores, factor, b.shift + row, b.sum + row * 16, p + slot * kSlotP);
         std::swap(scores, next_scores);
       }
       for (int pair = current->slots; pair < kDepth; ++pair) all_outputs(b, *previous, previous_p, pair);
@@ -291,28 +362,37 @@ class AmxForward {
     int slots;
   };
 
+  // One product of a block of 2 x 2 tiles: tiles 4 and 5 from the left operand, 6 and 7 from the right one, loaded only
+  // when the pair of planes brings new ones.
+  template <int kPair, int kWhich>
+  YOCO_INLINE static void product(const BFloat16* a, const BFloat16* b) {
+    constexpr bool kNewA = kPair == 0 || left(kPair) != left(kPair - 1);
+    constexpr bool kNewB = kPair == 0 || right(kPair) != right(kPair - 1);
+    if constexpr (kWhich == 0) {
+      if constexpr (kNewA) _tile_loadd(4, a, 64);
+      if constexpr (kNewB) _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+    } else if constexpr (kWhich == 1) {
+      if constexpr (kNewB) _tile_loadd(7, b + kTile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    } else if constexpr (kWhich == 2) {
+      if constexpr (kNewA) _tile_loadd(5, a + kTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+    } else {
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+
   // Four tiles of scores, 2 x 2: step kStep is one product.
   template <int kStep>
   YOCO_INLINE static void score_step(const Work& w) {
-    constexpr int kK = kStep / 4, kWhich = kStep % 4;
-    const BFloat16 *a = w.q + kK * 2 * kTile, *b = w.keys + kK * 2 * kTile;
-    if constexpr (kWhich == 0) {
-      if constexpr (kK == 0) _tile_zero(0);
-      _tile_loadd(4, a, 64);
-      _tile_loadd(6, b, 64);
-      _tile_dpbf16ps(0, 4, 6);
-    } else if constexpr (kWhich == 1) {
-      if constexpr (kK == 0) _tile_zero(1);
-      _tile_loadd(7, b + kTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    } else if constexpr (kWhich == 2) {
-      if constexpr (kK == 0) _tile_zero(2);
-      _tile_loadd(5, a + kTile, 64);
-      _tile_dpbf16ps(2, 5, 6);
-    } else {
-      if constexpr (kK == 0) _tile_zero(3);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    constexpr int kK = kStep / (4 * kPairs), kPair = kStep / 4 % kPairs, kWhich = kStep % 4;
+    if constexpr (kStep == 0) _tile_zero(0);
+    if constexpr (kStep == 1) _tile_zero(1);
+    if constexpr (kStep == 2) _tile_zero(2);
+    if constexpr (kStep == 3) _tile_zero(3);
+    product<kPair, kWhich>(w.q + left(kPair) * kPlaneQ + kK * 2 * kTile,
+                           w.keys + (right(kPair) * kDepth + kK) * 2 * kTile);
   }
   template <int kWhich>
   YOCO_INLINE static void score_store(const Work& w) {
@@ -325,22 +405,10 @@ class AmxForward {
   // Two output tiles for both halves of the rows; as many steps of depth as the unit had slots.
   template <int kStep>
   YOCO_INLINE static void output_step(const Work& w) {
-    constexpr int kK = kStep / 4, kWhich = kStep % 4;
-    const BFloat16 *a = w.p + kK * 2 * kTile, *b = w.values + kK * 4 * kDepth * kTile;
+    constexpr int kK = kStep / (4 * kPairs), kPair = kStep / 4 % kPairs, kWhich = kStep % 4;
     if (kK >= w.slots) return;
-    if constexpr (kWhich == 0) {
-      _tile_loadd(4, a, 64);
-      _tile_loadd(6, b, 64);
-      _tile_dpbf16ps(0, 4, 6);
-    } else if constexpr (kWhich == 1) {
-      _tile_loadd(7, b + kTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    } else if constexpr (kWhich == 2) {
-      _tile_loadd(5, a + kTile, 64);
-      _tile_dpbf16ps(2, 5, 6);
-    } else {
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    product<kPair, kWhich>(w.p + kK * kSlotP + left(kPair) * 2 * kTile,
+                           w.values + kK * kSlotElements + right(kPair) * kDepth * 2 * kTile);
   }
   template <int kWhich>
   YOCO_INLINE static void output_load(const Work& w) {
@@ -385,7 +453,7 @@ class AmxForward {
     events<0>(Work{q, keys, scores, nullptr, nullptr, nullptr, 0}, std::make_integer_sequence<int, kScoreEvents>());
   }
   static void all_outputs(const Buffers& b, const AmxUnit& unit, const BFloat16* p, int pair) {
-    events<kScoreEvents>(Work{nullptr, nullptr, nullptr, p, unit.slots_data + (2 * kDepth + 2 * pair) * kTile,
+    events<kScoreEvents>(Work{nullptr, nullptr, nullptr, p, unit.slots_data + kValues + 2 * pair * kTile,
                               b.out + unit.group * kGroupOut + pair * 4 * 256, unit.slots},
                          std::make_integer_sequence<int, kEvents - kScoreEvents>());
   }
@@ -405,9 +473,20 @@ class AmxForward {
     const __m512 minus_top = _mm512_set1_ps(shift[kRow]);
     events_of_row<kRow>(work);
     const __m512 s0 = _mm512_load_ps(scores + kRow * kSlotKeys), s1 = _mm512_load_ps(scores + kRow * kSlotKeys + 16);
-    const __m512 e0 = exp2_bf16(static_cast<__mmask16>(visible), _mm512_fmadd_ps(s0, factor, minus_top));
-    const __m512 e1 = exp2_bf16(static_cast<__mmask16>(visible >> 16), _mm512_fmadd_ps(s1, factor, minus_top));
-    _mm512_store_si512(p + kRow * 32, bit_cast<__m512i>(_mm512_cvtne2ps_pbh(e1, e0)));
+    const __m512 x0 = _mm512_fmadd_ps(s0, factor, minus_top), x1 = _mm512_fmadd_ps(s1, factor, minus_top);
+    const auto low = static_cast<__mmask16>(visible), high = static_cast<__mmask16>(visible >> 16);
+    __m512 e0, e1;
+    if constexpr (kP == 1) {
+      e0 = exp2_bf16(low, x0), e1 = exp2_bf16(high, x1);
+      _mm512_store_si512(p + kRow * 32, join_planes(bit_cast<__m512i>(e0), bit_cast<__m512i>(e1)));
+    } else {
+      e0 = exp2_float(low, x0), e1 = exp2_float(high, x1);
+      __m512 r0 = e0, r1 = e1;
+      for (int i = 0; i < kP; ++i) {
+        const __m512i a = take_plane(r0), b = take_plane(r1);
+        _mm512_store_si512(p + i * 2 * kTile + kRow * 32, join_planes(a, b));
+      }
+    }
     _mm512_store_ps(sum + 16 * kRow, _mm512_add_ps(_mm512_add_ps(e0, e1), _mm512_load_ps(sum + 16 * kRow)));
   }
 
@@ -452,9 +531,12 @@ class AmxForward {
 // Head dims are padded to the next instance.
 inline int amx_kernel_depth(const AttentionParams& p) {
   const int64_t depth = (std::max(p.dim_qk, p.dim_v) + 31) / 32;
-  return static_cast<int>(depth <= 4 ? depth : 8);
+  return depth <= 2 ? 2 : (depth <= 4 ? 4 : 8);
 }
-inline size_t amx_scratch_bytes(int depth) { return depth > 4 ? AmxForward<8>::bytes() : AmxForward<4>::bytes(); }
+template <class T>
+size_t amx_scratch_bytes(int depth) {
+  return depth > 4 ? AmxForward<T, 8>::bytes() : AmxForward<T, 4>::bytes();
+}
 
 }  // namespace
 }  // namespace yoco::cpu::YOCO_ISA

@@ -13,7 +13,8 @@
 namespace yoco::cpu::YOCO_ISA {
 namespace {
 
-constexpr int64_t kRows = 64;   // query rows of a task: (query, head of the group) pairs of one KV head
+// Query rows, that is (query, head of the group) pairs of one KV head: of a tile, and at most of a task.
+constexpr int64_t kRows = 64, kTaskRows = 256;
 constexpr int64_t kKeys = 128;  // keys of a tile: scores [64, 128] in float32 are 32 KiB, they stay in L1
 
 // Calls body(task) for task 0 .. n-1, each once, in that order of starting: long tasks first balances the threads. What
@@ -98,9 +99,10 @@ struct Segment {
 
 #if YOCO_HAS_AMX
 // attention_amx.h
-int64_t slot_elements(int64_t depth);
-void pack_slot(const BFloat16* k, int64_t k_stride, int64_t dim_k, const BFloat16* v, int64_t v_stride, int64_t dim_v,
-               int64_t n, int64_t depth, BFloat16* dst);
+constexpr int64_t slot_elements(int64_t depth, int64_t planes);
+template <class T>
+void pack_slot(const T* k, int64_t k_stride, int64_t dim_k, const T* v, int64_t v_stride, int64_t dim_v, int64_t n,
+               int64_t depth, BFloat16* dst);
 #endif
 
 // K and V of all heads in blocks of kKeys keys: B = K^T [depth_qk, kKeys] for the scores and B = V [kKeys, cols_v] for
@@ -110,11 +112,15 @@ class PackedKV {
  public:
   using Op = MatrixOperand<T>;
 
-  explicit PackedKV(const AttentionParams& p, int slot_depth = 0)
-      : p_(p), depth_(padded_depth<Op>(p.dim_qk)), cols_(padded_cols(p.dim_v)), slot_depth_(slot_depth) {
+  PackedKV(const AttentionParams& p, int slot_depth, int planes)
+      : p_(p),
+        depth_(padded_depth<Op>(p.dim_qk)),
+        cols_(padded_cols(p.dim_v)),
+        slot_depth_(slot_depth),
+        planes_(planes) {
     // A slot of 32 keys is padded to 32 * slot_depth components in both K and V.
-    const int64_t components = slot_depth > 0 ? 64 * slot_depth : depth_ + cols_;
-    const int64_t bytes = kKeys * components * static_cast<int64_t>(sizeof(Op));
+    const int64_t bytes = slot_depth > 0 ? kKeys * 64 * slot_depth * planes * 2
+                                         : kKeys * (depth_ + cols_) * static_cast<int64_t>(sizeof(Op));
     block_bytes_ = round_up(bytes, 64);
     sequences_.reserve(p.num_sequences);
     for (int64_t n = 0; n < p.num_sequences; ++n) {
@@ -170,7 +176,7 @@ class PackedKV {
     return s.first_block + head * s.blocks() + block;
   }
   // Consecutive blocks of one head and segment lie together, so this is the first of all their slots.
-  const Op* slots(int64_t index) const { return reinterpret_cast<const Op*>(storage_->data() + index * block_bytes_); }
+  const BFloat16* slots(int64_t index) const { return reinterpret_cast<const BFloat16*>(memory(index)); }
 
   struct Block {
     const Op *keys, *values;
@@ -180,13 +186,16 @@ class PackedKV {
     if (slot_depth_ > 0) {
       pack_block(s, latent, head, block, room);
     } else {
-      room = const_cast<Op*>(slots(block_index(s, head, block)));
+      room = reinterpret_cast<Op*>(memory(block_index(s, head, block)));
     }
     return {room, room + kKeys * depth_};
   }
-  bool values_finite(int64_t index) const { return finite_[index]; }
+  // Values (and keys, where they are split into planes).
+  bool finite(int64_t index) const { return finite_[index]; }
 
  private:
+  char* memory(int64_t index) const { return storage_->data() + index * block_bytes_; }
+
   struct Source {
     const T *k, *v;
     int64_t k_stride, v_stride, n;
@@ -208,19 +217,21 @@ class PackedKV {
     const int64_t index = block_index(s, head, block);
     const Source from = source(s, latent, head, block);
     finite_[index] = all_finite(from.v, from.v_stride, from.n, p_.dim_v);
-    Op* dst = const_cast<Op*>(slots(index));
 #if YOCO_HAS_AMX
-    if constexpr (std::is_same_v<T, BFloat16>) {
+    if constexpr (!std::is_same_v<T, double>) {
       if (slot_depth_ > 0) {
-        for (int64_t j = 0; j < kKeys; j += 32) {
+        // Splitting an infinity would leave NaN.
+        if (planes_ > 1) finite_[index] &= all_finite(from.k, from.k_stride, from.n, p_.dim_qk);
+        BFloat16* slot = reinterpret_cast<BFloat16*>(memory(index));
+        for (int64_t j = 0; j < kKeys; j += 32, slot += slot_elements(slot_depth_, planes_)) {
           pack_slot(from.k + j * from.k_stride, from.k_stride, p_.dim_qk, from.v + j * from.v_stride, from.v_stride,
-                    p_.dim_v, from.n - j, slot_depth_, dst + j / 32 * slot_elements(slot_depth_));
+                    p_.dim_v, from.n - j, slot_depth_, slot);
         }
         return;
       }
     }
 #endif
-    pack_block(s, latent, head, block, dst);
+    pack_block(s, latent, head, block, reinterpret_cast<Op*>(memory(index)));
   }
 
   // Keys beyond the last one are zero columns, or zero rows.
@@ -240,7 +251,7 @@ class PackedKV {
 
   const AttentionParams& p_;
   const int64_t depth_, cols_;
-  [[maybe_unused]] const int slot_depth_;
+  [[maybe_unused]] const int slot_depth_, planes_;
   int64_t block_bytes_ = 0, blocks_ = 0, total_ = 0;
   std::vector<Sequence> sequences_;
   std::vector<Segment> main_, latent_;
@@ -253,14 +264,14 @@ struct Rows {
   int64_t sequence, kv_head, first, count;  // rows first .. first + count - 1 of len_q * group
 };
 
-// All tasks, those with the most keys first (the last rows of a causal sequence).
-inline std::vector<Rows> make_row_tasks(const AttentionParams& p) {
+// All tasks of at most task_rows rows, those with the most keys first (the last rows of a causal sequence).
+inline std::vector<Rows> make_row_tasks(const AttentionParams& p, int64_t task_rows) {
   const int64_t group = p.heads_q / p.heads_kv;
   std::vector<Rows> tasks;
   for (int64_t n = 0; n < p.num_sequences; ++n) {
     const int64_t rows = make_sequence(p, n).len_q * group;
     for (int64_t h = 0; h < p.heads_kv; ++h) {
-      for (int64_t r = 0; r < rows; r += kRows) tasks.push_back({n, h, r, std::min(kRows, rows - r)});
+      for (int64_t r = 0; r < rows; r += task_rows) tasks.push_back({n, h, r, std::min(task_rows, rows - r)});
     }
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& a, const Rows& b) { return a.first > b.first; });
@@ -269,7 +280,7 @@ inline std::vector<Rows> make_row_tasks(const AttentionParams& p) {
 
 // Query (counted in its sequence) and head of each row of a task; a division per row would show.
 struct RowPlaces {
-  int64_t query[kRows], head[kRows];
+  int64_t query[kTaskRows], head[kTaskRows];
 
   RowPlaces(const Rows& rows, int64_t group) {
     int64_t i = rows.first / group, h = rows.first % group;
@@ -282,7 +293,7 @@ struct RowPlaces {
 
 // Key intervals of the rows of a task in one segment, and their union.
 struct Intervals {
-  int32_t begin[kRows], end[kRows];
+  int32_t begin[kTaskRows], end[kTaskRows];
   int64_t low = INT64_MAX, high = 0;
 
   Intervals(const AttentionParams& p, const Sequence& s, const Rows& rows, int64_t group, bool latent) {
