@@ -9,7 +9,7 @@ import numerics
 import pytest
 import torch
 from conftest import Backend
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -120,7 +120,7 @@ def check(backend: Backend, case: Case) -> tuple[Tensor, Tensor]:
     )
 
 
-LENGTHS = [[1], [64, 63, 65], [0, 17, 200], [1031], [3, 2500]]
+LENGTHS = [[1], [64, 63, 65], [0, 17, 200], [1031], [3, 1300]]
 
 
 def lengths_for(backend: Backend, lengths: list[int]) -> list[int]:
@@ -134,8 +134,18 @@ def test_lengths(backend: Backend, lengths: list[int], time: int) -> None:
         check(backend, make(backend, dtype, lengths_for(backend, lengths), time=time))
 
 
-@pytest.mark.parametrize("dims", [(8, 8), (32, 128), (128, 96), (72, 40), (256, 256), (24, 200)], ids=str)
-@pytest.mark.parametrize("heads", [(1, 1), (8, 8), (12, 2), (5, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("dims", "heads"),
+    [
+        ((8, 8), (1, 1)),
+        ((32, 128), (12, 2)),
+        ((128, 96), (8, 8)),
+        ((72, 40), (5, 1)),
+        ((256, 256), (6, 1)),
+        ((24, 200), (12, 2)),
+    ],
+    ids=str,
+)
 def test_dims_and_heads(backend: Backend, dims: tuple[int, int], heads: tuple[int, int]) -> None:
     for dtype in backend.dtypes:
         check(backend, make(backend, dtype, lengths_for(backend, [97, 600]), time=2, heads=heads, dims=dims))
@@ -214,6 +224,7 @@ def test_options(backend: Backend, name: str, time: int) -> None:
             check(backend, case.ring(case.options["window"][0] + time + 3))
 
 
+@settings(max_examples=25)
 @given(data=st.data())
 def test_random(backend: Backend, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(backend.dtypes))
@@ -260,7 +271,7 @@ def test_layouts_are_equal_bit_for_bit(backend: Backend, cache_dtype: torch.dtyp
 
 def test_batch_composition_does_not_matter(backend: Backend) -> None:
     for dtype in backend.dtypes:
-        lengths = lengths_for(backend, [900, 0, 130, 2100])
+        lengths = lengths_for(backend, [900, 0, 130, 1300])
         case = make(backend, dtype, lengths, time=2)
         together = case.run(backend.ops.attention_decode)
         for b in range(len(lengths)):
@@ -297,7 +308,7 @@ def test_no_latents_seen_is_no_latents(backend: Backend) -> None:
         assert all(numerics.bitwise_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 5, 33, 10_000])
+@pytest.mark.parametrize("num_splits", [1, 5, 10_000])
 def test_any_number_of_splits(backend: Backend, num_splits: int) -> None:
     for dtype in backend.dtypes:
         case = make(backend, dtype, lengths_for(backend, [1500, 64, 3]), time=2, num_splits=num_splits)
@@ -320,7 +331,7 @@ def test_rows_that_see_nothing(backend: Backend) -> None:
 def test_same_as_attention(backend: Backend) -> None:
     """The last queries of a full attention are what decode gives."""
     for dtype in backend.dtypes:
-        length, time = (90, 3) if backend.emulated else (777, 5)
+        length, time = (90, 3) if backend.emulated else (300, 5)
         q = torch.randn(2, length, 6, 64, device=backend.device).to(dtype)
         k, v = (torch.randn(2, length, 2, 64, device=backend.device).to(dtype) for _ in range(2))
         used = torch.full((2,), length, dtype=torch.int32, device=backend.device)

@@ -38,13 +38,24 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// ---- 64 numbers of a row as bf16, zero behind the row's end ----------------------------------------------------
+// ---- conversion to bf16, zero behind a row's end ----------------------------------------------------------------
+//
+// Unpack instructions interleave within 16-byte lanes, so numbers come out in an order of their own. Nothing puts them
+// back: a dot product does not care, and of the accumulators only the final result is reordered (`key_place` and
+// `column` below say where component d went).
 
 YOCO_INLINE uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t{0} : (n <= 0 ? 0 : (uint64_t{1} << n) - 1); }
 
-YOCO_INLINE void widen(const BFloat16* row, int64_t d, int64_t dim, __m512i out[2]) {
-  out[0] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(low_bits(dim - d)), row + d);
-  out[1] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(low_bits(dim - d - 32)), row + d + 32);
+// 64 bytes of a row from element d on.
+template <class Cache>
+YOCO_INLINE __m512i load_bytes(const Cache* row, int64_t d, int64_t dim) {
+  if constexpr (sizeof(Cache) == 2) {
+    if (dim - d >= 32) return _mm512_loadu_si512(row + d);
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(low_bits(dim - d)), row + d);
+  } else {
+    if (dim - d >= 64) return _mm512_loadu_si512(row + d);
+    return _mm512_maskz_loadu_epi8(low_bits(dim - d), row + d);
+  }
 }
 
 // The 128 magnitudes of a one-byte type as bf16, split into high and low bytes: two table look-ups per 64 numbers.
@@ -76,55 +87,88 @@ const ByteTables<Cache>& byte_tables() {
 // Every CPU with AMX has VBMI; the build's flags for this instruction set do not name it.
 #define YOCO_VBMI __attribute__((target("avx512vbmi")))
 
+// 64 one-byte numbers to bf16: low[0], high[0] .. of each lane's first half in out[0], of its second half in out[1].
 template <class Cache>
-YOCO_VBMI inline void widen(const Cache* row, int64_t d, int64_t dim, __m512i out[2]) {
-  const ByteTables<Cache>& tables = byte_tables<Cache>();
-  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i raw = _mm512_maskz_loadu_epi8(low_bits(dim - d), row + d);
-  // The unpack below works within 16-byte lanes: quadwords in this order come out in sequence.
-  raw = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), raw);
+YOCO_VBMI YOCO_INLINE void widen(__m512i raw, const __m512i tables[4], __m512i out[2]) {
   __m512i index = raw;
   if constexpr (std::is_same_v<Cache, int8_t>) index = _mm512_abs_epi8(raw);
-  __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(tables.high), index, _mm512_load_si512(tables.high + 64));
-  const __m512i low =
-      _mm512_permutex2var_epi8(_mm512_load_si512(tables.low), index, _mm512_load_si512(tables.low + 64));
+  __m512i high = _mm512_permutex2var_epi8(tables[0], index, tables[1]);
+  const __m512i low = _mm512_permutex2var_epi8(tables[2], index, tables[3]);
   if constexpr (std::is_same_v<Cache, int8_t>) {  // |-128| does not fit into seven bits: 128 is 0x4300
     high = _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), high, _mm512_set1_epi8(0x43));
   }
-  high = _mm512_ternarylogic_epi64(high, raw, sign, 0xf8);  // high | (raw & sign)
+  high = _mm512_ternarylogic_epi64(high, raw, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // high | (raw & sign)
   out[0] = _mm512_unpacklo_epi8(low, high);
   out[1] = _mm512_unpackhi_epi8(low, high);
+}
+
+template <class Cache>
+YOCO_INLINE void load_tables(__m512i out[4]) {
+  if constexpr (sizeof(Cache) == 1) {
+    const ByteTables<Cache>& t = byte_tables<Cache>();
+    out[0] = _mm512_load_si512(t.high), out[1] = _mm512_load_si512(t.high + 64);
+    out[2] = _mm512_load_si512(t.low), out[3] = _mm512_load_si512(t.low + 64);
+  }
+}
+
+// Where component d of a key lies in a copied row.
+template <class Cache>
+int64_t key_place(int64_t d) {
+  return sizeof(Cache) == 2 ? d : d / 64 * 64 + 32 * (d / 8 % 2) + 8 * (d / 16 % 4) + d % 8;
 }
 
 // Rows of `count` entries as bf16 with a stride of `stride` elements (a multiple of 64).
 template <class Cache>
 YOCO_VBMI void stage_keys(const char* const* k, int64_t count, int64_t dim, int64_t stride, uint16_t* out) {
+  __m512i tables[4];
+  load_tables<Cache>(tables);
   for (int64_t j = 0; j < count; ++j) {
-    for (int64_t d = 0; d < dim; d += 64) {
-      __m512i part[2];
-      widen(reinterpret_cast<const Cache*>(k[j]), d, dim, part);
-      _mm512_store_si512(out + j * stride + d, part[0]);
-      _mm512_store_si512(out + j * stride + d + 32, part[1]);
+    const Cache* row = reinterpret_cast<const Cache*>(k[j]);
+    if constexpr (sizeof(Cache) == 2) {
+      for (int64_t d = 0; d < dim; d += 32) _mm512_store_si512(out + j * stride + d, load_bytes(row, d, dim));
+    } else {
+      for (int64_t d = 0; d < dim; d += 64) {
+        __m512i part[2];
+        widen<Cache>(load_bytes(row, d, dim), tables, part);
+        _mm512_store_si512(out + j * stride + d, part[0]);
+        _mm512_store_si512(out + j * stride + d + 32, part[1]);
+      }
     }
   }
 }
 
-// Pairs of entries interleaved: out[pair][dim][2], `stride` elements from pair to pair.
+// Where component d of a value is accumulated: stage_values puts 16 components into each tile.
 template <class Cache>
-YOCO_VBMI void stage_values(const char* const* v, int64_t dim, int64_t stride, uint16_t* out) {
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+int64_t value_column(int64_t d) {
+  return sizeof(Cache) == 2 ? d / 32 * 32 + 16 * (d / 4 % 2) + 4 * (d / 8 % 4) + d % 4
+                            : d / 64 * 64 + 16 * (d / 4 % 4) + 4 * (d / 16 % 4) + d % 4;
+}
+
+// Pairs of entries interleaved: out[pair][column][2], `stride` elements from pair to pair.
+template <class Cache>
+YOCO_VBMI void stage_values(const char* const* v, int64_t dim, int64_t stride, uint16_t* out, Prefetcher* prefetcher) {
+  __m512i tables[4];
+  load_tables<Cache>(tables);
   for (int64_t pair = 0; pair < kStep / 2; ++pair) {
-    for (int64_t d = 0; d < dim; d += 64) {
-      __m512i a[2], b[2];
-      widen(reinterpret_cast<const Cache*>(v[2 * pair]), d, dim, a);
-      widen(reinterpret_cast<const Cache*>(v[2 * pair + 1]), d, dim, b);
+    const Cache* first = reinterpret_cast<const Cache*>(v[2 * pair]);
+    const Cache* second = reinterpret_cast<const Cache*>(v[2 * pair + 1]);
+    for (int64_t d = 0; d < dim; d += 64 / sizeof(Cache)) {
       uint16_t* to = out + pair * stride + 2 * d;
-      for (int i = 0; i < 2; ++i) {
-        const __m512i x = _mm512_permutexvar_epi64(order, a[i]), y = _mm512_permutexvar_epi64(order, b[i]);
-        _mm512_store_si512(to + 64 * i, _mm512_unpacklo_epi16(x, y));
-        _mm512_store_si512(to + 64 * i + 32, _mm512_unpackhi_epi16(x, y));
+      const __m512i a = load_bytes(first, d, dim), b = load_bytes(second, d, dim);
+      if constexpr (sizeof(Cache) == 2) {
+        _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
+        _mm512_store_si512(to + 32, _mm512_unpackhi_epi16(a, b));
+      } else {
+        const __m512i halves[2] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
+        for (int h = 0; h < 2; ++h) {
+          __m512i part[2];
+          widen<Cache>(halves[h], tables, part);
+          _mm512_store_si512(to + 64 * h, part[0]);
+          _mm512_store_si512(to + 64 * h + 32, part[1]);
+        }
       }
     }
+    prefetcher->pull();
   }
 }
 
@@ -157,17 +201,23 @@ inline void transpose_16(const float* in, float* out, int64_t stride) {
 template <class Cache>
 class TileProducts {
  public:
+  static constexpr bool kStreams = false;  // one head after the other; the next step is fetched into L2 meanwhile
+  static constexpr int kPiece = kStep;
+
   TileProducts(int64_t rows, int64_t dim_k, int64_t dim_v)
       : rows_(rows), tile_rows_(rows < 16 ? rows : 16), row_tiles_((rows + 15) / 16), dim_k_(dim_k), dim_v_(dim_v) {}
 
   static int64_t padded(int64_t dim) { return (dim + 63) / 64 * 64; }
-  int64_t chunks() const { return (dim_k_ + 31) / 32; }
+  int64_t chunks() const { return sizeof(Cache) == 2 ? (dim_k_ + 31) / 32 : padded(dim_k_) / 32; }
   int64_t q_bytes() const { return row_tiles_ * chunks() * 1024; }
   int64_t padded_rows() const { return row_tiles_ * tile_rows_; }
   int64_t scratch_bytes() const {
     return kStep * padded(dim_k_) * 2 + kStep * padded(dim_v_) * 2 + kStep * 64 + padded_rows() * kStep * 2;
   }
-  void set_scratch(char* scratch) {
+  int64_t pulls_per_head() const { return kStep / 2 + row_tiles_ * kStep / 32 * chunks(); }
+  static int64_t column(int64_t d) { return value_column<Cache>(d); }
+  void set_scratch(char* scratch, Prefetcher* prefetcher) {
+    prefetcher_ = prefetcher;
     keys_ = reinterpret_cast<uint16_t*>(scratch);
     values_ = keys_ + kStep * padded(dim_k_);
     transposed_ = reinterpret_cast<float*>(values_ + kStep * padded(dim_v_));
@@ -189,10 +239,16 @@ class TileProducts {
   // [row tile][chunk of 32 dims][pair of dims][row][2]
   void pack_q(char* packed, int64_t r, const BFloat16* q) const {
     uint16_t* tile = reinterpret_cast<uint16_t*>(packed) + r / 16 * chunks() * 512 + 2 * (r % 16);
-    for (int64_t d = 0; d < dim_k_; ++d) tile[d / 32 * 512 + d % 32 / 2 * 32 + d % 2] = q[d].bits;
+    for (int64_t d = 0; d < dim_k_; ++d) {
+      const int64_t place = key_place<Cache>(d);
+      tile[place / 32 * 512 + place % 32 / 2 * 32 + place % 2] = q[d].bits;
+    }
   }
 
-  void score(const char* packed_q, const char* const* k, int, int last, float* scores) {
+  // The stores need time to reach the cache before tiles can be loaded from there, so this comes before the scores.
+  void stage(const char* const* v) { stage_values<Cache>(v, dim_v_, 2 * padded(dim_v_), values_, prefetcher_); }
+
+  void score(const char* packed_q, const char* const* k, int64_t last, float* scores) {
     const char* keys[kStep / 16];
     int64_t strides[kStep / 16];
     const int64_t groups = (last + 15) / 16;
@@ -211,6 +267,7 @@ class TileProducts {
             tile_load<4>(keys[g + 1] + c * 64, strides[g + 1]);
             tile_dot<1, 4, 5>();
           }
+          prefetcher_->pull();
         }
         tile_store<0>(transposed_ + g * 256, 64);
         tile_store<1>(transposed_ + (g + 1) * 256, 64);
@@ -231,8 +288,7 @@ class TileProducts {
     }
   }
 
-  void weigh(const float* p, const char* const* v, int, int last, float* acc, int64_t acc_stride) {
-    stage_values<Cache>(v, dim_v_, 2 * padded(dim_v_), values_);
+  void weigh(const float* p, const char* const*, int64_t last, float* acc, int64_t acc_stride) {
     for (int64_t r = 0; r < rows_; ++r) {
       for (int64_t j = 0; j < kStep; j += 32) {
         const __m512i both = bit_cast<__m512i>(
@@ -241,10 +297,11 @@ class TileProducts {
       }
     }
     const int64_t halves = last > 32 ? 2 : 1;
+    const int64_t value_columns = sizeof(Cache) == 2 ? dim_v_ : padded(dim_v_);
     for (int64_t tile = 0; tile < row_tiles_; ++tile) {
       float* out = acc + tile * 16 * acc_stride;
       const uint16_t* weights = weights_ + tile * 16 * kStep;
-      for (int64_t d = 0; d < dim_v_; d += 32) {
+      for (int64_t d = 0; d < value_columns; d += 32) {
         tile_load<2>(out + d, acc_stride * 4);
         tile_load<3>(out + d + 16, acc_stride * 4);
         for (int64_t half = 0; half < halves; ++half) {
@@ -285,6 +342,7 @@ class TileProducts {
   }
 
   int64_t rows_, tile_rows_, row_tiles_, dim_k_, dim_v_;
+  Prefetcher* prefetcher_ = nullptr;
   uint16_t* keys_ = nullptr;     // [kStep][padded dim_k]
   uint16_t* values_ = nullptr;   // [kStep / 2][padded dim_v][2]
   float* transposed_ = nullptr;  // [kStep][16]

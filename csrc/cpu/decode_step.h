@@ -85,8 +85,8 @@ C softmax_row(C* scores, int64_t begin, int64_t end, const Logits<C>& logits, C 
     store<C>(scores + i, x);
     top = top > x ? top : x;
   }
-  C max = state->max;
-  for (int i = 0; i < kLanes<C>; ++i) max = max > top[i] ? max : top[i];
+  const C top_lane = max_lanes<C>(top);
+  const C max = state->max > top_lane ? state->max : top_lane;
   const C base = max == -kInfinity ? C{0} : max;  // nothing but -inf so far: -inf - -inf is not a number
   Vec<C> sum{};
   for (int64_t i = 0; i < kStep; i += kLanes<C>) {
@@ -99,6 +99,90 @@ C softmax_row(C* scores, int64_t begin, int64_t end, const Logits<C>& logits, C 
   state->sum = state->sum * decay + sum_lanes<C>(sum);
   return decay;
 }
+
+// ---- prefetch --------------------------------------------------------------------------------------
+
+constexpr int kToL2 = 2;  // locality of __builtin_prefetch
+
+// Lines to fetch between the instructions of one product: `per_drop` at a time.
+struct Drip {
+  const char* line;
+  int64_t per_drop;
+
+  YOCO_INLINE void drop() {
+    for (int64_t i = 0; i < per_drop; ++i, line += 64) __builtin_prefetch(line, 0, kToL2);
+  }
+};
+
+// Fetches rows before they are needed. Line by line between arithmetic: a burst would fill the line buffers, and loads
+// that hit the cache would wait behind it.
+class Prefetcher {
+ public:
+  struct Run {
+    const char* begin;
+    int64_t lines;
+  };
+  static int64_t most_runs(int64_t heads) { return 3 * kStep * heads; }
+
+  void set_storage(Run* runs) { runs_ = runs; }
+  void clear() { count_ = index_ = line_ = quota_ = 0; }
+
+  void add(const char* begin, int64_t bytes) {
+    const char* first = begin - reinterpret_cast<uintptr_t>(begin) % 64;
+    const int64_t lines = (begin + bytes - first + 63) / 64;
+    if (count_ > 0 && runs_[count_ - 1].begin + 64 * runs_[count_ - 1].lines == first) {
+      runs_[count_ - 1].lines += lines;
+    } else {
+      runs_[count_++] = Run{first, lines};
+    }
+  }
+
+  int64_t lines() const {
+    int64_t n = 0;
+    for (int64_t i = 0; i < count_; ++i) n += runs_[i].lines;
+    return n;
+  }
+
+  // Passes over lines that were fetched before.
+  void skip(int64_t lines) {
+    while (lines > 0 && index_ < count_) {
+      const int64_t n = lines < runs_[index_].lines - line_ ? lines : runs_[index_].lines - line_;
+      lines -= n, line_ += n;
+      if (line_ == runs_[index_].lines) ++index_, line_ = 0;
+    }
+  }
+
+  // How much one pull() fetches.
+  void set_quota(int64_t lines) { quota_ = lines; }
+
+  YOCO_INLINE void pull() {
+    int64_t left = quota_;
+    while (left > 0 && index_ < count_) {
+      const Run run = runs_[index_];
+      const int64_t n = left < run.lines - line_ ? left : run.lines - line_;
+      const char* line = run.begin + 64 * line_;
+      for (int64_t i = 0; i < n; ++i) __builtin_prefetch(line + 64 * i, 0, kToL2);
+      left -= n, line_ += n;
+      if (line_ == run.lines) ++index_, line_ = 0;
+    }
+  }
+
+  // The lines of one pull, to be fetched in `drops` drops.
+  YOCO_INLINE Drip take(int64_t drops) {
+    if (index_ >= count_ || runs_[index_].lines - line_ < quota_) {  // not in one piece
+      pull();
+      return Drip{nullptr, 0};
+    }
+    const Drip drip{runs_[index_].begin + 64 * line_, (quota_ + drops - 1) / drops};
+    line_ += quota_;
+    if (line_ == runs_[index_].lines) ++index_, line_ = 0;
+    return drip;
+  }
+
+ private:
+  Run* runs_ = nullptr;
+  int64_t count_ = 0, index_ = 0, line_ = 0, quota_ = 0;
+};
 
 // ---- products in vectors ---------------------------------------------------------------------------
 
@@ -132,15 +216,15 @@ YOCO_INLINE void sum_four(Vec<C> a, Vec<C> b, Vec<C> c, Vec<C> d, C* out) {
   }
 }
 
-// Scores of `kRows` query rows (stride `q_stride`, padded with zeros) against entries [first, last) in fours; entries
-// outside hold a row of zeros.
+// Scores of `kRows` query rows (stride `q_stride`, padded with zeros) against `count` tokens, a multiple of four.
 template <int kRows, class C, class Cache>
-void score_rows(const char* const* k, int first, int last, const C* q, int64_t q_stride, int64_t dim, C* scores) {
-  for (int j = first / 4 * 4; j < last; j += 4) {
+void score_rows(const char* const* k, int count, const C* q, int64_t q_stride, int64_t dim, C* scores, Drip drip) {
+  for (int j = 0; j < count; j += 4) {
     Vec<C> sums[kRows][4] = {};
     const Cache* rows[4];
     for (int t = 0; t < 4; ++t) rows[t] = reinterpret_cast<const Cache*>(k[j + t]);
     for_each_vector<C>(dim, [&](auto io) {
+      drip.drop();
       Vec<C> key[4];
       for (int t = 0; t < 4; ++t) key[t] = io.load(rows[t]);
       for (int r = 0; r < kRows; ++r) {
@@ -157,12 +241,13 @@ void score_rows(const char* const* k, int first, int last, const C* q, int64_t q
 // acc[r] += sum over entries [first, last) of p[r][j] * v[j], for kRows rows and kVectors vectors of v.
 template <int kRows, int kVectors, class C, class Cache, class Io>
 YOCO_INLINE void weigh_block(const char* const* v, int64_t first, int64_t last, const C* p, C* acc, int64_t acc_stride,
-                             Io io) {
+                             Io io, Drip* drip) {
   Vec<C> sums[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     for (int u = 0; u < kVectors; ++u) sums[r][u] = load<C>(acc + r * acc_stride + io.i + u * kLanes<C>);
   }
   for (int64_t j = first; j < last; ++j) {
+    drip->drop();
     const Cache* row = reinterpret_cast<const Cache*>(v[j]);
     Vec<C> value[kVectors];
     for (int u = 0; u < kVectors; ++u) value[u] = io.load(row + u * kLanes<C>);
@@ -176,16 +261,16 @@ YOCO_INLINE void weigh_block(const char* const* v, int64_t first, int64_t last, 
 }
 
 template <int kRows, class C, class Cache>
-void weigh_rows(const char* const* v, int64_t first, int64_t last, const C* p, C* acc, int64_t acc_stride,
-                int64_t dim) {
+void weigh_rows(const char* const* v, int64_t first, int64_t last, const C* p, C* acc, int64_t acc_stride, int64_t dim,
+                Drip drip) {
   int64_t i = 0;
   for (; i + 4 * kLanes<C> <= dim; i += 4 * kLanes<C>) {
-    weigh_block<kRows, 4, C, Cache>(v, first, last, p, acc, acc_stride, FullVector<C>{i});
+    weigh_block<kRows, 4, C, Cache>(v, first, last, p, acc, acc_stride, FullVector<C>{i}, &drip);
   }
   for (; i + kLanes<C> <= dim; i += kLanes<C>) {
-    weigh_block<kRows, 1, C, Cache>(v, first, last, p, acc, acc_stride, FullVector<C>{i});
+    weigh_block<kRows, 1, C, Cache>(v, first, last, p, acc, acc_stride, FullVector<C>{i}, &drip);
   }
-  if (i < dim) weigh_block<kRows, 1, C, Cache>(v, first, last, p, acc, acc_stride, PartVector<C>{i, dim - i});
+  if (i < dim) weigh_block<kRows, 1, C, Cache>(v, first, last, p, acc, acc_stride, PartVector<C>{i, dim - i}, &drip);
 }
 
 // Calls f(constant, row) for blocks of at most kBlock rows.
@@ -205,32 +290,32 @@ YOCO_INLINE void for_row_blocks(int64_t rows, const F& f) {
 constexpr int kRowBlock = YOCO_HAS_AVX512 ? 4 : 2;  // rows whose accumulators fit into the registers
 
 template <class C, class Cache>
-void score_all(const char* const* k, int first, int last, const C* q, int64_t q_stride, int64_t rows, int64_t dim,
-               C* scores) {
-  for_row_blocks<kRowBlock>(rows, [&](auto count, int64_t r) {
-    score_rows<decltype(count)::value, C, Cache>(k, first, last, q + r * q_stride, q_stride, dim, scores + r * kStep);
-  });
-}
-
-template <class C, class Cache>
 void weigh_all(const char* const* v, int64_t first, int64_t last, const C* p, int64_t rows, C* acc, int64_t acc_stride,
-               int64_t dim) {
+               int64_t dim, Drip drip) {
   for_row_blocks<kRowBlock>(rows, [&](auto count, int64_t r) {
-    weigh_rows<decltype(count)::value, C, Cache>(v, first, last, p + r * kStep, acc + r * acc_stride, acc_stride, dim);
+    weigh_rows<decltype(count)::value, C, Cache>(v, first, last, p + r * kStep, acc + r * acc_stride, acc_stride, dim,
+                                                 drip);
+    drip.per_drop = 0;
   });
 }
 
-// Products in the compute type, for every dtype and instruction set.
+// Products in the compute type, for every dtype and instruction set. Tokens are taken in small pieces, all heads of a
+// piece together: memory is read in the order in which it lies.
 template <class C, class Cache>
 class VectorProducts {
  public:
+  static constexpr bool kStreams = true;
+  static constexpr int kPiece = 4;  // tokens that score() and weigh() take at a time
+
   VectorProducts(int64_t rows, int64_t dim_k, int64_t dim_v) : rows_(rows), dim_k_(dim_k), dim_v_(dim_v) {}
 
   static int64_t padded(int64_t dim) { return (dim + kLanes<C> - 1) / kLanes<C> * kLanes<C>; }
   int64_t q_bytes() const { return rows_ * padded(dim_k_) * sizeof(C); }  // of one head
   int64_t padded_rows() const { return rows_; }
   int64_t scratch_bytes() const { return 0; }
-  void set_scratch(char*) {}
+  void set_scratch(char*, Prefetcher* prefetcher) { prefetcher_ = prefetcher; }
+  int64_t pulls_per_head() const { return 2 * kStep / kPiece; }
+  static int64_t column(int64_t d) { return d; }  // where component d of a value is accumulated
   void begin() {}
   void end() {}
 
@@ -241,16 +326,27 @@ class VectorProducts {
     for_each_vector<C>(dim_k_, [&](auto io) { store<C>(out + io.i, io.load(q)); });
   }
 
-  void score(const char* packed_q, const char* const* k, int first, int last, C* scores) {
-    score_all<C, Cache>(k, first, last, reinterpret_cast<const C*>(packed_q), padded(dim_k_), rows_, dim_k_, scores);
+  // What can be done with the values before the weights are known.
+  void stage(const char* const*) {}
+
+  void score(const char* packed_q, const char* const* k, int64_t, C* scores) {
+    const C* q = reinterpret_cast<const C*>(packed_q);
+    Drip drip = prefetcher_->take(padded(dim_k_) / kLanes<C>);
+    for_row_blocks<kRowBlock>(rows_, [&](auto count, int64_t r) {
+      score_rows<decltype(count)::value, C, Cache>(k, kPiece, q + r * padded(dim_k_), padded(dim_k_), dim_k_,
+                                                   scores + r * kStep, drip);
+      drip.per_drop = 0;
+    });
   }
 
-  void weigh(const C* p, const char* const* v, int first, int last, C* acc, int64_t acc_stride) {
-    weigh_all<C, Cache>(v, first, last, p, rows_, acc, acc_stride, dim_v_);
+  void weigh(const C* p, const char* const* v, int64_t, C* acc, int64_t acc_stride) {
+    const int64_t blocks = dim_v_ / (4 * kLanes<C>)+(dim_v_ % (4 * kLanes<C>)+kLanes<C> - 1) / kLanes<C>;
+    weigh_all<C, Cache>(v, 0, kPiece, p, rows_, acc, acc_stride, dim_v_, prefetcher_->take(kPiece * blocks));
   }
 
  private:
   int64_t rows_, dim_k_, dim_v_;
+  Prefetcher* prefetcher_ = nullptr;
 };
 
 }  // namespace

@@ -15,6 +15,7 @@
 // GCC 12 warns about its own way of saying "undefined" in the AVX-512 headers.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -305,10 +306,27 @@ YOCO_INLINE void for_each_vector(int64_t n, const Body& body) {
 
 template <class C>
 YOCO_INLINE C sum_lanes(Vec<C> v) {
+#if YOCO_HAS_AVX512
+  if constexpr (std::is_same_v<C, float>) return _mm512_reduce_add_ps(bit_cast<__m512>(v));
+#endif
   C part[kLanes<C>];
   std::memcpy(part, &v, sizeof(v));
   for (int width = kLanes<C> / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  }
+  return part[0];
+}
+
+// Of lanes that are numbers; what becomes of NaN is not said.
+template <class C>
+YOCO_INLINE C max_lanes(Vec<C> v) {
+#if YOCO_HAS_AVX512
+  if constexpr (std::is_same_v<C, float>) return _mm512_reduce_max_ps(bit_cast<__m512>(v));
+#endif
+  C part[kLanes<C>];
+  std::memcpy(part, &v, sizeof(v));
+  for (int width = kLanes<C> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
   }
   return part[0];
 }
