@@ -284,6 +284,32 @@ def test_nan_stays_in_its_sequence_head_and_future(backend: Any) -> None:
             assert not o[1, 67:, 0].isnan().any() and torch.equal(state, want_state)
 
 
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("time", [5, 64, 200])
+def test_nan_does_not_reach_the_past(backend: Any, time: int, dtype: torch.dtype) -> None:
+    """Also inside a chunk, where several tokens that are not finite must not reach each other's past."""
+    clean = make(1, time, 1, 24, 40, dtype)
+    want, _ = run(backend, clean)
+    bad = sorted({0, 3, time // 2, time - 1})
+    for name in ("k", "v", "g"):
+        for value in (torch.nan, torch.inf):
+            if name == "g" and value == torch.inf:
+                continue  # not a decay
+            dirty = {n: x.clone() for n, x in clean.items()}
+            for column, token in enumerate(bad[1:]):
+                dirty[name][0, token, 0, ...] = 0 if name == "v" else dirty[name][0, token, 0, ...]
+                if name == "g":
+                    dirty[name][0, token, 0] = value
+                else:
+                    dirty[name][0, token, 0, column] = value
+            o, _ = run(backend, dirty)
+            assert torch.equal(o[0, : bad[1]], want[0, : bad[1]]), f"{value} in {name} reaches the past"
+            if name == "v":  # each column of v is a sequence of its own
+                for column, token in enumerate(bad[1:]):
+                    assert o[0, :token, 0, column].isfinite().all() and not o[0, token, 0, column].isfinite()
+
+
 def test_infinite_decay_forgets_everything(backend: Any) -> None:
     tensors = make(1, 80, 2, 16, 16, torch.float32, device=backend.device)
     tensors["g"][:, 65] = -torch.inf

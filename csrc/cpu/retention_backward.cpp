@@ -5,7 +5,7 @@
 //   dS' = exp(b_C) dS + (Q * exp(b))^T dO
 //   dg_t = sum of every product that decays through t; see chunk() and docs/cpu_retention.md
 //
-// Over segments of kSegment chunks: first what each segment adds to S, and so the state before each; then, from the
+// Over segments of some chunks: first what each segment adds to S, and so the state before each; then, from the
 // last segment to the first, the states before its chunks again, kept this time, and the gradients from its last chunk
 // to its first. Inside a segment dS = carry * after + local: the decayed gradient of the state behind the segment, plus
 // what the segment's own tokens added. Neither S nor `local` depends on anything outside the segment but the state at
@@ -16,7 +16,11 @@
 namespace yoco::cpu::YOCO_ISA {
 namespace {
 
-constexpr int64_t kSegment = 8;  // chunks: 512 tokens, whose states fit the L2 cache at dim 128
+// The states of a segment's chunks are kept at once: as many as half an L2 cache holds. Less where only segments can
+// feed the threads. Depends on the shape alone, so that results do not depend on the number of threads.
+inline int64_t segment_chunks(int64_t streams, int64_t state_bytes) {
+  return std::clamp<int64_t>((streams >= 8 ? 1 << 20 : 1 << 18) / state_bytes, 4, 64);
+}
 
 template <class T, class G, class Ops>
 class Backward {
@@ -32,7 +36,8 @@ class Backward {
         dim_k_(round_up(p.dim_k, Ops::kStep)),
         dim_v_(round_up(p.dim_v, Ops::kStep)),
         ld_(dim_k_ + kRowPadBytes / static_cast<int64_t>(sizeof(C))),
-        state_size_(dim_v_ * ld_) {}
+        state_size_(dim_v_ * ld_),
+        segment_(segment_chunks(p.num_sequences * p.heads, state_size_ * static_cast<int64_t>(sizeof(C)))) {}
 
   const char* run() {
     zero_rest<T>(p_, p_.dq, p_.dim_k);
@@ -41,7 +46,7 @@ class Backward {
     zero_rest<G>(p_, p_.dg, 1);
     const int64_t streams = p_.num_sequences * p_.heads;
     if (streams == 0) return nullptr;
-    pieces_ = count_segments(p_, kSegment);
+    pieces_ = count_segments(p_, segment_);
     const bool cut = worth_cutting(launch_, streams, pieces_);
     const int64_t matrices = cut ? 2 * pieces_ : pieces_;
     const Scratch memory(static_cast<size_t>(pieces_) * (sizeof(Segment) + 2 * sizeof(C)) +
@@ -53,7 +58,7 @@ class Backward {
     d_carry_ = arena.take<C>(pieces_);
     states_ = arena.take<C>(pieces_ * state_size_);
     if (cut) d_states_ = arena.take<C>(pieces_ * state_size_);
-    list_segments(p_, kSegment, segments_);
+    list_segments(p_, segment_, segments_);
     const auto make = [&] { return Thread(*this); };
     if (!cut) {
       run_tasks(launch_, pieces_, make, [&](Thread& t, int64_t i) {
@@ -78,20 +83,20 @@ class Backward {
     explicit Thread(const Backward& b) : arena(thread_memory(b.arena_bytes()), b.arena_bytes()) {
       decay = arena.take<Decay<C>>(1);
       for (Rows<C>* s : {&sum, &local, &d_state}) *s = b.matrix(arena.take<C>(b.state_size_));
-      for (Rows<C>& s : before) s = b.matrix(arena.take<C>(b.state_size_));
+      before = arena.take<C>(b.segment_ * b.state_size_);
     }
     MatrixScope scope;
     Arena arena;
     Decay<C>* decay;
-    Rows<C> sum;               // running over segments
-    Rows<C> local, d_state;    // dS = carry * after + local
-    Rows<C> before[kSegment];  // the states before the chunks of a segment
+    Rows<C> sum;             // running over segments
+    Rows<C> local, d_state;  // dS = carry * after + local
+    C* before;               // the states before the chunks of a segment
   };
 
   size_t arena_bytes() const {
     const int64_t width = std::max<int64_t>({dim_k_, dim_v_, kChunk}) + kRowPadBytes;
     return sizeof(Decay<C>) + 16384 +
-           sizeof(C) * static_cast<size_t>((kSegment + 6) * state_size_ + 28 * kChunk * width);
+           sizeof(C) * static_cast<size_t>((segment_ + 6) * state_size_ + 28 * kChunk * width);
   }
 
   Rows<C> matrix(C* data) const { return {data, ld_}; }
@@ -230,16 +235,17 @@ class Backward {
     const Segment& s = segments_[i];
     const Tokens sequence = sequence_tokens(p_, s.sequence);
     const int64_t count = s.last - s.first;
-    std::copy(state(i).data, state(i).data + state_size_, t.before[0].data);
+    const auto before = [&](int64_t c) { return matrix(t.before + c * state_size_); };
+    std::copy(state(i).data, state(i).data + state_size_, t.before);
     for (int64_t c = 0; c + 1 < count; ++c) {
-      std::copy(t.before[c].data, t.before[c].data + state_size_, t.before[c + 1].data);
-      add_to_state(t, sequence, s.head, s.first + c, t.before[c + 1]);
+      std::copy(before(c).data, before(c).data + state_size_, before(c + 1).data);
+      add_to_state(t, sequence, s.head, s.first + c, before(c + 1));
     }
     clear(t.local);
     double log_carry = 0;
     for (int64_t c = count - 1; c >= 0; --c) {
       const C carry = static_cast<C>(std::exp(log_carry));
-      log_carry += chunk(t, chunk_tokens(sequence, s.first + c), s.head, t.before[c], after, carry);
+      log_carry += chunk(t, chunk_tokens(sequence, s.first + c), s.head, before(c), after, carry);
     }
     d_carry_[i] = static_cast<C>(std::exp(log_carry));
   }
@@ -423,6 +429,7 @@ class Backward {
   const Launch& launch_;
   const int64_t dim_k_, dim_v_;  // padded
   const int64_t ld_, state_size_;
+  const int64_t segment_;  // chunks
   int64_t pieces_ = 0;
   Segment* segments_ = nullptr;
   C *carry_ = nullptr, *d_carry_ = nullptr;  // exp of the sum of g over a segment, summed forwards and backwards

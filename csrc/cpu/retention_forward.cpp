@@ -153,12 +153,13 @@ class Forward {
       const Rows<E> v = load_rows<Ops, T>(t.arena, p_.v, tokens, head, p_.dim_v, rows, dim_v_);
       const Right kt = Ops::right_transposed(t.arena, k, rows, dim_k_);
       if (outputs) {
-        const bool has_state = !start_is_zero || c > first;
-        output(t, tokens, head, rows, kt, v, has_state, start_is_zero, static_cast<C>(std::exp(log_carry)));
+        Right state{};  // no data: zero
+        if (!start_is_zero || c > first) state = current_state(t, start_is_zero, static_cast<C>(std::exp(log_carry)));
+        if (!output(t, tokens, head, rows, kt, v, state)) mend(t, tokens, head, rows, k, v, state);
       }
       const Left k_left = Ops::left_transposed(t.arena, kt, rows, dim_k_);
       const Right v_scaled = scaled<Ops>(t.arena, v, t.decay->to_end, rows, dim_v_);
-      if (!outputs) scale_rows(t.local, t.decay->total, dim_k_, dim_v_);  // else output() has done it
+      if (!outputs) scale_rows(t.local, t.decay->total, dim_k_, dim_v_);  // else current_state() has done it
       multiply_scaled<Ops>(t.local, k_left, v_scaled, dim_k_, dim_v_, rows);
       log_carry += t.decay->log_total;
       t.arena.release(mark);
@@ -166,10 +167,11 @@ class Forward {
     return log_carry;
   }
 
-  void output(Thread& t, const Tokens& tokens, int64_t head, int64_t rows, Right kt, Rows<E> v, bool has_state,
-              bool start_is_zero, C carry) const {
+  // Writes the outputs of a chunk. False if some of them are not finite.
+  bool output(Thread& t, const Tokens& tokens, int64_t head, int64_t rows, Right kt, Rows<E> v, Right state) const {
     const size_t mark = t.arena.mark();
     const Decay<C>& decay = *t.decay;
+    const bool has_state = state.data != nullptr;
     const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_);
     const Left q_left = Ops::left(q);
     const Rows<C> scores = take_rows<C>(t.arena, kChunk, kChunk);
@@ -177,10 +179,7 @@ class Forward {
     const Rows<C> o = take_rows<C>(t.arena, kChunk, dim_v_);
     constexpr int64_t step = Ops::kStep;
     if (has_state) {
-      const size_t inner = t.arena.mark();
-      const Right state = current_state(t, start_is_zero, carry);
       Ops::multiply(o.data, o.ld, q_left, state, rows, dim_v_, dim_k_, false);
-      t.arena.release(inner);
       for (int64_t i = 0; i < rows; ++i) {
         C* row = o.row(i);
         for (int64_t n = 0; n < dim_v_; n += kLanes<C>) store<C>(row + n, decay.from_start[i] * load<C>(row + n));
@@ -199,6 +198,33 @@ class Forward {
     }
     store_rows<C, T>(p_.o, tokens, head, p_.dim_v, o);
     t.arena.release(mark);
+    return finite(o.data, tokens.length, dim_v_, o.ld);
+  }
+
+  // The causal mask is a factor 0 in a product, and 0 * NaN is NaN: a token that is not finite has reached the rows
+  // before it in its chunk. Those are done again, from the chunk that ends where that token begins.
+  void mend(Thread& t, const Tokens& tokens, int64_t head, int64_t rows, Rows<E> k, Rows<E> v, Right state) const {
+    for (int64_t j = tokens.length - 1; j > 0; --j) {
+      if (finite(k.row(j), 1, dim_k_, 0) && finite(v.row(j), 1, dim_v_, 0)) continue;
+      const size_t mark = t.arena.mark();
+      const Tokens before{tokens.batch, tokens.begin, j};
+      const Rows<E> k_before = load_rows<Ops, T>(t.arena, p_.k, before, head, p_.dim_k, rows, dim_k_);
+      const Rows<E> v_before = load_rows<Ops, T>(t.arena, p_.v, before, head, p_.dim_v, rows, dim_v_);
+      output(t, before, head, rows, Ops::right_transposed(t.arena, k_before, rows, dim_k_), v_before, state);
+      t.arena.release(mark);
+    }
+  }
+
+  template <class X>
+  static bool finite(const X* x, int64_t rows, int64_t width, int64_t ld) {
+    Vec<C> sum = {};  // of x - x: 0, or NaN
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t n = 0; n < width; n += kLanes<C>) {
+        const Vec<C> y = load<C>(x + i * ld + n);
+        sum += y - y;
+      }
+    }
+    return sum_lanes<C>(sum) == 0;
   }
 
   // carry * start + local, as a right operand. On the way local decays to the end of the chunk.

@@ -61,12 +61,16 @@ class Step {
       gamma[i].low = static_cast<C>(exact - static_cast<double>(gamma[i].high));
     }
     constexpr int lanes = kLanes<C>;
-    constexpr int wide = kTokens == 1 ? kVectors : kVectors / 4;
+    const auto full = [](int j) { return FullVector<C>{j * lanes}; };
+    constexpr int wide = kVectors / kTokens;  // sums and values of a block stay in registers
     for (; column + wide * lanes <= last; column += wide * lanes) {
-      vectors<kTokens, wide>(batch, head, t, column, q, k, gamma, [](int j) { return FullVector<C>{j * lanes}; });
+      vectors<kTokens, wide>(batch, head, t, column, q, k, gamma, full);
+    }
+    for (; wide > 4 && column + 4 * lanes <= last; column += 4 * lanes) {
+      vectors<kTokens, 4>(batch, head, t, column, q, k, gamma, full);
     }
     for (; column + lanes <= last; column += lanes) {
-      vectors<kTokens, 1>(batch, head, t, column, q, k, gamma, [](int) { return FullVector<C>{0}; });
+      vectors<kTokens, 1>(batch, head, t, column, q, k, gamma, full);
     }
     if (column < last) {
       const int64_t rest = last - column;
