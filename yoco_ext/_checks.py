@@ -86,7 +86,7 @@ def _per_head(argument: str, x: Any, heads: int, like: Tensor) -> None:
 
 
 def _number(argument: str, x: Any, allowed: str = "a number or None") -> None:
-    if isinstance(x, (Tensor, str)):
+    if x is not None and isinstance(x, (Tensor, str)):
         fail(argument, _describe(x), allowed)
 
 
@@ -205,29 +205,33 @@ def _latents(latents: Any, batch: int, heads_kv: int, dim_qk: int, dim_v: int, q
     return k, v
 
 
-def qkv(q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v") -> None:
+def qkv(q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v") -> tuple[int, int, int, int]:
+    """Returns (batch, time_q, heads_q, heads_kv)."""
     _rank("q", q, 4, "[batch, time_q, heads_q, dim_qk]")
     _rank(k_name, k, 4, "[batch, time_k, heads_kv, dim_qk]")
     _rank(v_name, v, 4, "[batch, time_k, heads_kv, dim_v]")
     _float("q", q)
-    if k.shape[3] != q.shape[3]:
-        fail(k_name, f"head dimension {k.shape[3]}", f"{q.shape[3]}, the head dimension of q")
-    if k.shape[:3] != v.shape[:3]:
+    batch, time_q, heads_q, dim_qk = q.shape
+    batch_k, time_k, heads_kv, dim_k = k.shape
+    batch_v, time_v, heads_v, dim_v = v.shape
+    if dim_k != dim_qk:
+        fail(k_name, f"head dimension {dim_k}", f"{dim_qk}, the head dimension of q")
+    if batch_v != batch_k or time_v != time_k or heads_v != heads_kv:
         fail(v_name, f"shape {list(v.shape)}", f"{list(k.shape[:3])} + [dim_v], like {k_name}")
-    heads_q, heads_kv = q.shape[2], k.shape[2]
     if heads_kv < 1 or heads_q < 1 or heads_q % heads_kv != 0:
         fail("q", f"{heads_q} heads over {heads_kv} heads of {k_name}", f"a multiple of the heads of {k_name}")
-    _head_dim("q", q.shape[3])
-    _head_dim(v_name, v.shape[3])
-    _last_contiguous("q", q)
-    _last_contiguous(k_name, k)
-    _last_contiguous(v_name, v)
+    _head_dim("q", dim_qk)
+    _head_dim(v_name, dim_v)
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        _last_contiguous("q", q)
+        _last_contiguous(k_name, k)
+        _last_contiguous(v_name, v)
+    return batch, time_q, heads_q, heads_kv
 
 
 def _logit_options(
-    q: Tensor, sequences: int, scale: Any, softcap: Any, sinks: Tensor | None, alibi_slopes: Tensor | None
+    q: Tensor, heads: int, sequences: int, scale: Any, softcap: Any, sinks: Tensor | None, alibi_slopes: Tensor | None
 ) -> None:
-    heads = q.shape[2]
     _number("scale", scale)
     _number("softcap", softcap, "a number >= 0 (0: none)")
     if not softcap >= 0:
@@ -266,10 +270,9 @@ def attention(
     latent_end: Tensor | None,
 ) -> tuple[int, int]:
     """Returns (window_left, window_right) with causal folded in; -1 = unlimited."""
-    qkv(q, k, v)
+    batch, time_q, heads_q, heads_kv = qkv(q, k, v)
     _same("k", k, q)
     _same("v", v, q)
-    batch, time_q = q.shape[0], q.shape[1]
     if k.shape[0] != batch:
         fail("k", f"batch {k.shape[0]}", f"{batch}, the batch of q")
     sequences = batch
@@ -293,9 +296,9 @@ def attention(
         if tuple(window_size) != (-1, -1):
             fail("window", tuple(window_size), "(-1, -1) together with prefix_len, which replaces causal and window")
         left, right = -1, -1
-    _logit_options(q, sequences, scale, softcap, sinks, alibi_slopes)
+    _logit_options(q, heads_q, sequences, scale, softcap, sinks, alibi_slopes)
     if latents is not None:
-        _latents(latents, batch, k.shape[2], q.shape[3], v.shape[3], q)
+        _latents(latents, batch, heads_kv, q.shape[3], v.shape[3], q)
     for name, bound in (("latent_begin", latent_begin), ("latent_end", latent_end)):
         if bound is not None:
             if latents is None:
@@ -358,8 +361,7 @@ def attention_decode(
     num_splits: int,
 ) -> tuple[int, int]:
     """Returns (window_left, window_right) with causal folded in; -1 = unlimited."""
-    qkv(q, k_cache, v_cache, "k_cache", "v_cache")
-    batch, time_q = q.shape[0], q.shape[1]
+    batch, time_q, heads_q, _ = qkv(q, k_cache, v_cache, "k_cache", "v_cache")
     if not 1 <= time_q <= MAX_STEP_TOKENS:
         fail("q", f"{time_q} tokens", f"1 to {MAX_STEP_TOKENS} tokens; attention takes any number")
     _no_gradient("attention_decode", "; attention has one", q, k_cache, v_cache)
@@ -368,7 +370,7 @@ def attention_decode(
     left, right = window(window_size)
     if causal:
         right = 0
-    _logit_options(q, batch, scale, softcap, sinks, alibi_slopes)
+    _logit_options(q, heads_q, batch, scale, softcap, sinks, alibi_slopes)
     _cache_scales(k_scale, v_scale, k_cache)
     if latents is not None:
         _latents(latents, batch, k_cache.shape[2], q.shape[3], v_cache.shape[3], q)

@@ -45,12 +45,17 @@ def needs_gradient(*inputs: Any) -> bool:
 
 
 def call(op: Any, recorded: bool, *arguments: Any) -> Any:
-    """op(*arguments). An eager call that autograd does not record skips the autograd dispatch key, whose kernel is
-    Python: that would be a third of what the call costs."""
-    if recorded or torch.compiler.is_compiling():
+    """op(*arguments), `recorded` by autograd or not. The autograd kernels are Python, so an eager call goes straight
+    to what would run: through the dispatcher and back costs as much again as the call itself."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*arguments)
+    if recorded:
+        return _recorders[op](arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+_recorders: dict[Any, Callable[[tuple[Any, ...]], Any]] = {}
 
 
 def register_gradient(
@@ -65,13 +70,10 @@ def register_gradient(
     microseconds for an op of 20 arguments (ours have no defaults)."""
     op = getattr(ops, name).default
 
-    def below_autograd(keyset: Any, arguments: tuple[Any, ...]) -> Any:
+    def forward(ctx: Any, arguments: tuple[Any, ...], *inputs: Tensor | None) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-    def forward(ctx: Any, call: tuple[Any, tuple[Any, ...]], *inputs: Tensor | None) -> Any:
-        output = below_autograd(*call)
-        setup_context(ctx, call[1], output)
+            output = op(*arguments)
+        setup_context(ctx, arguments, output)
         return output
 
     def apply_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -83,13 +85,21 @@ def register_gradient(
         {"forward": staticmethod(forward), "backward": staticmethod(apply_backward)},
     )
 
-    def kernel(keyset: Any, *arguments: Any) -> Any:
+    # Function.apply looks for functorch first, which `call` has done; below it lies the function that does the work.
+    apply = super(torch.autograd.Function, node).apply
+
+    def record(arguments: tuple[Any, ...]) -> Any:
+        return apply(arguments, *[arguments[i] for i in differentiable])
+
+    def kernel(*arguments: Any) -> Any:
         inputs = [arguments[i] for i in differentiable]
         if needs_gradient(*inputs):
-            return node.apply((keyset, arguments), *inputs)
-        return below_autograd(keyset, arguments)
+            return node.apply(arguments, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
 
-    _library_fragment.impl(name, kernel, "Autograd", with_keyset=True)
+    _recorders[op] = record
+    _library_fragment.impl(name, kernel, "Autograd")
 
 
 def no_second_derivative(**differentiable: int) -> None:

@@ -199,11 +199,12 @@ def cross_attention(q: Tensor, shared_kv: SharedKV, *, return_lse: bool = False,
     arguments = _arguments(q, shared_kv.k, shared_kv.v, **{**shared_kv.options(), **options})
     tokens = shared_kv.incoming()
     if tokens is None:
-        out, lse = ops.attention.default(*arguments)
+        out, lse = call(ops.attention.default, torch.is_grad_enabled(), *arguments)
     else:
         # K and V go in without their graph: their gradient comes back through the tokens alone.
         q, k, v, *rest = arguments
-        out, lse, *following = ops.shared_attention.default(q, k.detach(), v.detach(), *rest, *tokens)
+        arguments = (q, k.detach(), v.detach(), *rest, *tokens)
+        out, lse, *following = call(ops.shared_attention.default, True, *arguments)
         shared_kv.advance(following)
     return (out, lse) if return_lse else out
 
