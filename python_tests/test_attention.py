@@ -219,6 +219,19 @@ def test_nan_propagates_only_where_it_is_seen(backend, dtype):
         assert bitwise_equal(lse[b, heads], clean[1][b, heads])
 
 
+@dtypes
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_rows_before_a_bad_key_keep_their_bits(backend, dtype, which):
+    """A causal row shares its tile with keys it does not see: 0 * NaN must not reach it."""
+    need(backend, dtype)
+    inputs = tensors(backend, dtype, (100, 100), batch=1, dims=(32, 32))
+    clean = attend(backend.ops)(**inputs)
+    inputs[which][0, 50] = math.nan
+    out, lse = attend(backend.ops)(**inputs)
+    assert bitwise_equal(out[:, :50], clean[0][:, :50]) and bitwise_equal(lse[..., :50], clean[1][..., :50])
+    assert out[:, 50:].isnan().all()
+
+
 @pytest.mark.backends("cpu", "cuda")
 def test_lse_and_sdpa_agree(backend):
     """Not only with our own reference: PyTorch's fused attention, and a log-sum-exp from first principles."""
