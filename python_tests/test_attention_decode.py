@@ -254,6 +254,8 @@ def test_random(backend: Backend, data: st.DataObject) -> None:
 @pytest.mark.parametrize("time", [1, 4])
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 def test_layouts_are_equal_bit_for_bit(backend: Backend, cache_dtype: torch.dtype | None, time: int) -> None:
+    if not backend.fused:
+        pytest.skip("bit for bit is what the compiled kernels promise")
     for dtype in backend.dtypes:
         lengths = lengths_for(backend, [900, 1, 130])
         case = make(backend, dtype, lengths, time=time, cache_dtype=cache_dtype, window=(120, 0))
@@ -296,6 +298,8 @@ def test_repeats_and_threads(backend: Backend) -> None:
 
 
 def test_no_latents_seen_is_no_latents(backend: Backend) -> None:
+    if not backend.fused:
+        pytest.skip("bit for bit is what the compiled kernels promise")
     for dtype in backend.dtypes:
         case = make(backend, dtype, lengths_for(backend, [600, 31, 0]), time=2)
         expected = case.run(backend.ops.attention_decode, return_lse=True)
