@@ -239,18 +239,17 @@ def _info(options: argparse.Namespace) -> int:
         variant = _library.backend_variant(name)
         print(f"{name:<12}{'kernels for ' + variant if variant is not None else 'no kernels in this build'}")
     if options.kernels:
-        _print_kernels()
+        _print_kernels([name for name in ("cpu", "cuda") if _library.backend_variant(name) is not None])
     return 0
 
 
-def _print_kernels() -> None:
+def _print_kernels(backends: list[str]) -> None:
     names = sorted(
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("yoco_ext::")
     )
-    keys = {"CPU": "cpu", "CUDA": "cuda"}
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in names:
-        has = torch._C._dispatch_has_kernel_for_dispatch_key
-        found = [label for key, label in keys.items() if has(f"yoco_ext::{name}", key)]
+        found = [backend for backend in backends if has_kernel(f"yoco_ext::{name}", backend.upper())]
         print(f"  {name:<32}{', '.join(found)}")
 
 

@@ -75,7 +75,7 @@ def plot_cache_memory(path: Path, config: YOCOConfig, dtype: torch.dtype) -> Non
         f"{transformer[-1] / yoco[-1]:.1f}x smaller",
         (lengths[-1], yoco[-1]),
         textcoords="offset points",
-        xytext=(-4, -16),
+        xytext=(0, -42),
         ha="right",
         color=_BLUE,
     )
