@@ -228,9 +228,11 @@ def test_rows_before_a_bad_key_keep_their_values(backend, dtype, which):
     clean = attend(backend.ops)(**inputs)
     inputs[which][0, 50] = math.nan
     out, lse = attend(backend.ops)(**inputs)
-    # Equal up to rounding: a tile that holds NaN may be summed in another order.
-    torch.testing.assert_close(out[:, :50], clean[0][:, :50])
-    torch.testing.assert_close(lse[..., :50], clean[1][..., :50])
+    # Equal up to one rounding, norm-wise: a tile that holds NaN may take another path.
+    seen, expected = out[:, :50].double(), clean[0][:, :50].double()
+    rounding = max(torch.finfo(inputs["q"].dtype).eps, 2e-5)
+    assert (seen - expected).norm() <= rounding * expected.norm()
+    torch.testing.assert_close(lse[..., :50], clean[1][..., :50], atol=1e-4, rtol=0)
     assert out[:, 50:].isnan().all()
 
 
