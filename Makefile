@@ -52,7 +52,8 @@ test-emulated: $(VENV)/.built $(EMULATED)
 emulated: $(EMULATED)
 $(EMULATED): $(VENV)/.installed $(CUDA_SOURCES)
 	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S csrc/cuda -B build/emulated -G Ninja -DYOCO_EMULATED=ON \
-	  -DPTXSIM_DIR=$(abspath $(PTXSIM_DIR)) -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_CUDA_COMPILER=$(NVCC)
+	  -DPTXSIM_DIR=$(abspath $(PTXSIM_DIR)) -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_CUDA_COMPILER=$(NVCC) \
+	  -DYOCO_CUDA_ARCHS="80-virtual;90a-virtual"
 	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build/emulated yoco_ext_emulated
 	touch $@
 endif
