@@ -141,7 +141,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def save(path: Path, device: torch.device, ceilings: dict[str, float], results: list[Result]) -> None:
+def save(path: Path, about: dict[str, Any], ceilings: dict[str, float], results: list[Result]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"machine": machine(device), "ceilings": ceilings, "results": [r.as_dict() for r in results]}
+    document = {"machine": about, "ceilings": ceilings, "results": [r.as_dict() for r in results]}
     path.write_text(json.dumps(document, indent=1) + "\n")

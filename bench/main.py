@@ -10,6 +10,7 @@ import torch
 from . import cases
 from .ceilings import measure_ceilings
 from .harness import OURS, Result, Timer, format_row, machine, measure, save
+from .table import print_table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on one case (default: 2)")
     parser.add_argument("--output", type=Path, metavar="JSON", help="where to write all figures")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print the figures of an earlier run and stop")
     options = parser.parse_args(argv)
+    if options.table:
+        print_table(options.table)
+        return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU")
     device = torch.device(options.device)
@@ -55,6 +60,6 @@ def main(argv: list[str] | None = None) -> int:
             line += f"  {rate:.1f} GB/s = {100 * rate / ceilings['read_gbytes']:.0f} % of the read bandwidth"
         print(line, flush=True)
     if options.output:
-        save(options.output, device, ceilings, results)
+        save(options.output, about, ceilings, results)
         print(f"figures: {options.output}")
     return 0

@@ -84,12 +84,9 @@ const ByteTables<Cache>& byte_tables() {
   return tables;
 }
 
-// Every CPU with AMX has VBMI; the build's flags for this instruction set do not name it.
-#define YOCO_VBMI __attribute__((target("avx512vbmi")))
-
 // 64 one-byte numbers to bf16: low[0], high[0] .. of each lane's first half in out[0], of its second half in out[1].
 template <class Cache>
-YOCO_VBMI YOCO_INLINE void widen(__m512i raw, const __m512i tables[4], __m512i out[2]) {
+YOCO_INLINE void widen(__m512i raw, const __m512i tables[4], __m512i out[2]) {
   __m512i index = raw;
   if constexpr (std::is_same_v<Cache, int8_t>) index = _mm512_abs_epi8(raw);
   __m512i high = _mm512_permutex2var_epi8(tables[0], index, tables[1]);
@@ -119,7 +116,7 @@ int64_t key_place(int64_t d) {
 
 // Rows of `count` entries as bf16 with a stride of `stride` elements (a multiple of 64).
 template <class Cache>
-YOCO_VBMI void stage_keys(const char* const* k, int64_t count, int64_t dim, int64_t stride, uint16_t* out) {
+void stage_keys(const char* const* k, int64_t count, int64_t dim, int64_t stride, uint16_t* out) {
   __m512i tables[4];
   load_tables<Cache>(tables);
   for (int64_t j = 0; j < count; ++j) {
@@ -146,7 +143,7 @@ int64_t value_column(int64_t d) {
 
 // Pairs of entries interleaved: out[pair][column][2], `stride` elements from pair to pair.
 template <class Cache>
-YOCO_VBMI void stage_values(const char* const* v, int64_t dim, int64_t stride, uint16_t* out, Prefetcher* prefetcher) {
+void stage_values(const char* const* v, int64_t dim, int64_t stride, uint16_t* out, Prefetcher* prefetcher) {
   __m512i tables[4];
   load_tables<Cache>(tables);
   for (int64_t pair = 0; pair < kStep / 2; ++pair) {

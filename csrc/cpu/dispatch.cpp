@@ -71,8 +71,8 @@ Features detect() {
   const uint32_t avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);
   f.avx512 = f.avx2 && (state & 0xe6) == 0xe6 && (b7 & avx512) == avx512;
   if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avx512_bf16 = f.avx512 && (a & (1u << 5));
-  const bool amx_bf16 = (d7 & (1u << 22)) && (d7 & (1u << 24));
-  f.amx = f.avx512_bf16 && amx_bf16 && (state & (3u << 17)) == (3u << 17) && request_amx();
+  const bool amx_bf16 = (d7 & (1u << 22)) && (d7 & (1u << 24)), avx512_vbmi = c7 & (1u << 1);
+  f.amx = f.avx512_bf16 && avx512_vbmi && amx_bf16 && (state & (3u << 17)) == (3u << 17) && request_amx();
   return f;
 }
 #else
