@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 import torch
 
+from yoco_ext import YOCOConfig, YOCOForCausalLM
+from yoco_ext.checkpoint import load_state_dict
 from yoco_ext.compat import unilm
 
 
@@ -146,32 +150,161 @@ def test_install_serves_model_files_that_import_the_official_names(tmp_path, mon
         del sys.modules[name]
 
 
-@pytest.mark.skipif(
+def test_uninstall_gives_modules_imported_meanwhile_the_official_functions(tmp_path, monkeypatch):
+    files = OFFICIAL_STYLE | {"kernel/swiglu.py": "def swiglu(x, y): return 'official'"}
+    files["ffn.py"] = "from .kernel.swiglu import swiglu"
+    for name, text in files.items():
+        path = tmp_path / "official_too" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with unilm.installed("official_too", stub_parallel=True):
+        ffn = importlib.import_module("official_too.ffn")
+        layer = importlib.import_module("official_too.layer")
+        assert ffn.swiglu is unilm.swiglu and layer.swiglu is unilm.swiglu
+    assert ffn.swiglu(1, 2) == "official"
+    assert "official_too.layer" not in sys.modules  # its Triton file cannot be imported: the next import will say so
+    with pytest.raises(ImportError, match=r"needs triton|fairseq"):
+        importlib.import_module("official_too.layer")
+    for name in [n for n in sys.modules if n.startswith("official_too")]:
+        del sys.modules[name]
+
+
+def test_flash_attn_that_the_caller_installed_stays():
+    from yoco_ext.compat import flash_attn
+
+    with flash_attn.installed():
+        with unilm.installed("no.such.package"):
+            pass
+        import flash_attn as served
+
+        assert served.flash_attn_func is flash_attn.flash_attn_func
+    assert getattr(sys.modules.get("flash_attn"), "flash_attn_func", None) is not flash_attn.flash_attn_func
+
+
+def test_rms_norm_promotes_like_the_official_one():
+    norm = unilm.RMSNorm(32)
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    wide = x.float()
+    expected = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).type_as(x) * norm.weight
+    assert norm(x).dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(norm(x), expected, atol=0, rtol=2**-8)
+    assert norm.bfloat16()(x).dtype == torch.bfloat16
+
+
+# ---- the official files themselves ---------------------------------------------------------------------------------
+needs_checkout = pytest.mark.skipif(
     "UNILM_YOCO" not in os.environ, reason="UNILM_YOCO names no checkout of the official YOCO/yoco folder"
 )
-@pytest.mark.parametrize("window", [None, 8])
-def test_official_model_files_run_unchanged(monkeypatch, window):
-    """Forward, gradients, prefill and decode of the official model on the CPU."""
-    import types
 
-    folder = os.path.join(os.environ["UNILM_YOCO"], "models", "decoder")
+
+@pytest.fixture
+def official(monkeypatch):
+    """The official folder models/decoder as the package `official_yoco`, nothing of it imported yet."""
     package = types.ModuleType("official_yoco")
-    package.__path__ = [folder]
+    package.__path__ = [os.path.join(os.environ["UNILM_YOCO"], "models", "decoder")]
     monkeypatch.setitem(sys.modules, "official_yoco", package)
-    with unilm.installed("official_yoco", stub_parallel=True):
-        yoco = importlib.import_module("official_yoco.yoco")
-        arguments = yoco.YOCOArgs(64, 4, 128, 2, 4, 2, 100, max_batch_size=2, max_seq_len=64, sliding_window=window)
-        model = yoco.YOCO(arguments)
-        tokens = torch.randint(100, (2, 20))
+    yield "official_yoco"
+    for name in [n for n in sys.modules if n.startswith("official_yoco.")]:
+        del sys.modules[name]
+
+
+def build(window=None, checkpoint_activations=False):
+    yoco = importlib.import_module("official_yoco.yoco")
+    arguments = yoco.YOCOArgs(64, 4, 128, 2, 4, 2, 100, max_batch_size=2, max_seq_len=512, sliding_window=window)
+    return yoco.YOCO(arguments, checkpoint_activations)
+
+
+@needs_checkout
+@pytest.mark.parametrize("length", [20, 300])
+@pytest.mark.parametrize("window", [None, 8])
+def test_official_model_trains_prefills_and_decodes(official, window, length):
+    with unilm.installed(official, stub_parallel=True):
+        model = build(window)
+        tokens = torch.randint(100, (2, length))
         logits, _ = model(tokens, is_prefilling=False)
         logits.square().mean().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         with torch.no_grad():
             memory: dict = {}
-            first, _ = model(tokens[:, :12], incremental_state=memory, is_prefilling=True)
-            torch.testing.assert_close(first, logits[:, :12], atol=1e-4, rtol=1e-4)
-            for t in range(12, 20):
+            prompt = length - 8
+            first, _ = model(tokens[:, :prompt], incremental_state=memory, is_prefilling=True)
+            torch.testing.assert_close(first, logits[:, :prompt], atol=1e-4, rtol=1e-4)
+            for t in range(prompt, length):
                 step, _ = model(tokens[:, t : t + 1], start_pos=t, incremental_state=memory, is_prefilling=False)
                 torch.testing.assert_close(step[:, 0], logits[:, t], atol=1e-4, rtol=1e-4)
-    for name in [n for n in sys.modules if n.startswith("official_yoco.")]:
-        del sys.modules[name]
+
+
+@needs_checkout
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+@pytest.mark.parametrize("window", [None, 8])
+def test_official_model_agrees_with_the_reference_model(official, window, checkpoint_activations):
+    """Logits and gradients of the official files on our kernels, and of our model in plain PyTorch, same weights."""
+    with unilm.installed(official, stub_parallel=True):
+        model = build(window, checkpoint_activations)
+        mine = YOCOForCausalLM(YOCOConfig.from_official(vars(model.args)), "reference")
+        load_state_dict(mine, model.state_dict())
+        tokens = torch.randint(100, (2, 50))
+        ours, theirs = mine(tokens), model(tokens, is_prefilling=False)[0]
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+        up = torch.randn_like(ours)
+        for x in (ours, theirs):
+            x.backward(up)
+        expected = {name: p.grad for name, p in mine.named_parameters()}
+        for name, p in model.named_parameters():
+            scale = expected[name].abs().max()
+            torch.testing.assert_close(p.grad / scale, expected[name] / scale, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@needs_checkout
+def test_official_rounding_points_are_the_official_ones(official, monkeypatch):
+    """parity="official" against the official functions themselves, in bfloat16; those that need no GPU, and the
+    official naive recurrence in place of the Triton one."""
+    pytest.importorskip("triton")
+    code = importlib.import_module("official_yoco.kernel.gate_recurrent")
+    q, k, v, g = (x.bfloat16() for x in inputs(64))
+    sums = g.float().unflatten(2, (4, 16)).cumsum(-1)
+    split = [x.unflatten(2, (4, 16)) for x in (q, k * 16**-0.5, v)]
+    last = torch.randn(2, 3, 16, 24).bfloat16()
+    decay = sums[..., -1].exp().bfloat16()
+    update = split[1].transpose(-1, -2) @ split[2]
+    inner = getattr(code.inner_chunk, "_torchdynamo_orig_callable", code.inner_chunk)
+    monkeypatch.setattr(code, "inner_chunk", inner)
+    with unilm.installed("no.such.package", parity="official"):
+        assert torch.equal(unilm.naive_kv_recurrent(update, decay, last), code.naive_kv_recurrent(update, decay, last))
+        monkeypatch.setattr(code, "chunk_gate_recurrent", unilm.chunk_gate_recurrent)
+        assert torch.equal(unilm.cross_chunk(*split, sums, last), code.cross_chunk(*split, sums, last))
+        for ours, theirs in (
+            (unilm.chunk_gate_retention(q, k, v, g, 16, last), code.chunk_gate_retention(q, k, v, g, 16, last)),
+            (unilm.parallel_gate_retention(q, k, v, g), code.parallel_gate_retention(q, k, v, g)),
+        ):
+            torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
+        ours, theirs = {}, {}
+        for t in range(64):
+            step = [x[:, :, t : t + 1] for x in (q, k, v, g)]
+            a = unilm.recurrent_gate_retention(*step, ours)
+            b = code.recurrent_gate_retention(step[0], step[1].clone(), step[2], step[3], theirs)
+            assert torch.equal(a, b)
+        assert torch.equal(ours["last_hidden_state"], theirs["last_hidden_state"])
+
+
+@needs_checkout
+def test_official_package_imports_where_fairseq_is_not_installed():
+    """From the official folder, as its README starts it: models/__init__.py imports every model file."""
+    code = """
+        import sys
+        from yoco_ext.compat import unilm
+        unilm.install("models.decoder", stub_parallel=True)
+        from models.decoder.yoco import YOCO, YOCOArgs
+        import torch
+        model = YOCO(YOCOArgs(64, 2, 128, 2, 4, 2, 100, max_batch_size=2, max_seq_len=256))
+        assert model(torch.zeros(1, 7, dtype=torch.long))[0].shape == (1, 7, 100)
+        from models.yoco import LanguageModel
+        unilm.uninstall()
+        assert "fairseq" not in sys.modules
+    """
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["UNILM_YOCO"], *sys.path])}
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=where, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr

@@ -313,17 +313,19 @@ def _build_modules() -> dict[str, types.ModuleType]:
 _replaced: dict[str, types.ModuleType | None] | None = None
 
 
-def install() -> None:
-    """Makes `import flash_attn` and its submodules resolve to this module, whether or not the package is installed."""
+def install() -> bool:
+    """Makes `import flash_attn` and its submodules resolve to this module, whether or not the package is installed.
+    False when that was so already."""
     global _replaced
     if _replaced is not None:
-        return
+        return False
     modules = _build_modules()
     loaded = [n for n in sys.modules if n == "flash_attn" or n.startswith("flash_attn.")]
     _replaced = {name: sys.modules.get(name) for name in {*modules, *loaded}}
     for name in loaded:
         del sys.modules[name]
     sys.modules.update(modules)
+    return True
 
 
 def uninstall() -> None:

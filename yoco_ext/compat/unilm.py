@@ -20,17 +20,17 @@ import importlib.util
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor
 
 import yoco_ext
 
+from . import _fairseq
 from .flash_attn import apply_rotary_emb, flash_attn_func
 from .flash_attn import install as _install_flash_attn
 from .flash_attn import uninstall as _uninstall_flash_attn
@@ -122,26 +122,39 @@ def recurrent_gate_retention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, increme
     return torch.cat(outputs, dim=1).transpose(1, 2).to(q.dtype)
 
 
-def naive_kv_recurrent(kv: Tensor, cross_decay: Tensor, last_kv: Tensor | None = None) -> Tensor:
+def chunk_gate_recurrent(kv: Tensor, cross_decay: Tensor, last_kv: Tensor | None = None) -> Tensor:
     """States before each chunk: kv [B, H, N, Dk, Dv] updates, cross_decay [B, H, N] -> [B, H, N, Dk, Dv], carried in
     float32 and differentiable in all three arguments."""
-    state = torch.zeros_like(kv[:, :, 0], dtype=torch.float32) if last_kv is None else last_kv.float()
+    return _states(kv, cross_decay, last_kv, torch.float64 if kv.dtype == torch.float64 else torch.float32)
+
+
+def naive_kv_recurrent(kv: Tensor, cross_decay: Tensor, last_kv: Tensor | None = None) -> Tensor:
+    """The same; the official one rounds the state to kv's dtype in every chunk, which parity "official" keeps."""
+    return (
+        _states(kv, cross_decay, last_kv, kv.dtype)
+        if _parity == "official"
+        else chunk_gate_recurrent(kv, cross_decay, last_kv)
+    )
+
+
+def _states(kv: Tensor, cross_decay: Tensor, last_kv: Tensor | None, dtype: torch.dtype) -> Tensor:
+    state = torch.zeros_like(kv[:, :, 0], dtype=dtype) if last_kv is None else last_kv.to(dtype)
     states = []
     for n in range(kv.shape[2]):
         states.append(state)
-        state = state * cross_decay[:, :, n, None, None].float() + kv[:, :, n].float()
+        state = state * cross_decay[:, :, n, None, None].to(dtype) + kv[:, :, n].to(dtype)
     return torch.stack(states, dim=2).to(kv.dtype)
-
-
-chunk_gate_recurrent = naive_kv_recurrent
 
 
 def cross_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, last_hidden_state: Tensor | None = None) -> Tensor:
     """What each chunk receives from the chunks before it: q, k [B, H, N, C, Dk], v [B, H, N, C, Dv],
     g [B, H, N, C] the log decay summed inside each chunk -> [B, H, N, C, Dv]. k comes scaled."""
+    dtype = q.dtype
+    if _parity != "official" and dtype != torch.float64:
+        q, k, v, g = (x.float() for x in (q, k, v, g))
     kv = k.transpose(-1, -2) @ (v * (g[..., -1:] - g).exp()[..., None].to(v.dtype))
     states = chunk_gate_recurrent(kv, g[..., -1].exp().to(kv.dtype), last_hidden_state)
-    return (q * g[..., None].exp().to(q.dtype)) @ states
+    return ((q * g[..., None].exp().to(q.dtype)) @ states).to(dtype)
 
 
 def inner_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -181,7 +194,7 @@ def swiglu(x: Tensor, y: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, rounded to x's dtype, then * weight."""
+    """x / rms(x) in float32, * weight; in parity "official" rounded to x's dtype before the weight."""
 
     def __init__(self, dim: int, eps: float = 1e-6, elementwise_affine: bool = True) -> None:
         super().__init__()
@@ -191,64 +204,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return yoco_ext.rms_norm(x, eps=self.eps)
-        if self.weight.dtype in (x.dtype, torch.float32) and _parity != "official":
+        if self.weight.dtype == x.dtype and _parity != "official":
             return yoco_ext.rms_norm(x, self.weight, eps=self.eps)
-        return yoco_ext.rms_norm(x, eps=self.eps) * self.weight
+        return yoco_ext.rms_norm(x, eps=self.eps) * self.weight  # float32 weights make the result float32, as there
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
-
-
-# ---- single-process stand-ins for fairseq and fairscale --------------------------------------------------------------
-class _ParallelLinear(nn.Linear):
-    """fairseq's Column-/RowParallelLinear with a model-parallel size of one."""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, init_method: Callable | None = None, **_: Any
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        if init_method is not None:
-            init_method(self.weight)
-
-
-class _VocabParallelEmbedding(nn.Embedding):
-    def __init__(
-        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, init_method: Any = None, **_: Any
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, None if padding_idx in (None, -1) else padding_idx)
-        if init_method is not None:
-            init_method(self.weight)
-
-
-def _checkpoint_wrapper(module: nn.Module, *_: Any, **__: Any) -> nn.Module:
-    """fairscale's checkpoint_wrapper: the module's activations are recomputed in the backward."""
-    forward = module.forward
-
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    module.forward = checkpointed
-    return module
-
-
-def _parallel_modules() -> dict[str, dict[str, Any]]:
-    parallel = {
-        "ColumnParallelLinear": _ParallelLinear,
-        "RowParallelLinear": _ParallelLinear,
-        "VocabParallelEmbedding": _VocabParallelEmbedding,
-        "copy_to_model_parallel_region": lambda x: x,
-        "gather_from_model_parallel_region": lambda x: x,
-    }
-    return {
-        "fairseq": {},
-        "fairseq.model_parallel": {},
-        "fairseq.model_parallel.megatron": {},
-        "fairseq.model_parallel.megatron.mpu": parallel,
-        "fairscale": {},
-        "fairscale.nn": {"checkpoint_wrapper": _checkpoint_wrapper},
-    }
 
 
 # ---- putting it in place --------------------------------------------------------------------------------------------
@@ -285,26 +246,29 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 class _Installation:
     def __init__(self, package: str, stub_parallel: bool) -> None:
+        self.package = package
         self.finder = _Finder(package)
         self.patched: list[tuple[types.ModuleType, str, Any]] = []
         self.stubs: list[str] = []
         sys.meta_path.insert(0, self.finder)
-        self._patch_loaded(package)
+        for module, name in self._references():  # modules that are imported already hold references of their own
+            self.patched.append((module, name, getattr(module, name)))
+            setattr(module, name, globals()[name])
         if stub_parallel:
             self._add_stubs()
 
-    def _patch_loaded(self, package: str) -> None:
-        """Modules of the package that are imported already hold references of their own."""
+    def _references(self) -> list[tuple[types.ModuleType, str]]:
+        """The served names in all modules of the package."""
         names = {name for functions in _SERVED.values() for name in functions} | {"flash_attn_func"}
-        for module_name, module in list(sys.modules.items()):
-            if module is None or not (module_name == package or module_name.startswith(package + ".")):
-                continue
-            for name in names & vars(module).keys():
-                self.patched.append((module, name, getattr(module, name)))
-                setattr(module, name, globals()[name])
+        return [
+            (module, name)
+            for module_name, module in list(sys.modules.items())
+            if module is not None and f"{module_name}.".startswith(f"{self.package}.")
+            for name in sorted(names & vars(module).keys())
+        ]
 
     def _add_stubs(self) -> None:
-        for name, members in _parallel_modules().items():
+        for name, members in _fairseq.MODULES.items():
             top = name.split(".")[0]
             if top not in self.stubs and (top in sys.modules or importlib.util.find_spec(top) is not None):
                 continue  # the real package is there
@@ -319,43 +283,65 @@ class _Installation:
                 setattr(sys.modules[parent], child, module)
 
     def undo(self) -> None:
+        """The official functions come back: in modules imported before, what was there; in modules imported since, the
+        official function where its module can be imported, else the module is forgotten and its next import decides."""
         sys.meta_path.remove(self.finder)
         for module, name, original in self.patched:
             setattr(module, name, original)
-        for name in [*self.finder.names, *self.stubs]:
-            if (
-                name in self.stubs
-                or getattr(getattr(sys.modules.get(name), "__spec__", None), "loader", None) is self.finder
-            ):
-                sys.modules.pop(name, None)
+        for name in self.finder.names:
+            if getattr(getattr(sys.modules.get(name), "__spec__", None), "loader", None) is self.finder:
+                _forget(name)
+        for module, name in self._references():
+            if getattr(module, name) is not globals()[name]:
+                continue
+            home = next((home for home, names in self.finder.names.items() if name in names), "flash_attn")
+            try:
+                setattr(module, name, getattr(importlib.import_module(home), name))
+            except Exception:  # no Triton, no GPU, no flash_attn: whatever the official file needs
+                _forget(home)
+                _forget(module.__name__)
+        for name in self.stubs:
+            _forget(name)
+
+
+def _forget(name: str) -> None:
+    """Takes a module out of sys.modules and out of its package."""
+    module = sys.modules.pop(name, None)
+    parent, _, child = name.rpartition(".")
+    if module is not None and getattr(sys.modules.get(parent), child, None) is module:
+        delattr(sys.modules[parent], child)
 
 
 _installation: _Installation | None = None
+_own_flash_attn = False  # `flash_attn` was put in place here, not by the caller
 
 
 def install(package: str = "models.decoder", *, parity: str = "float32", stub_parallel: bool = False) -> None:
-    """Puts these functions in place of the official ones.
+    """Puts these functions in place of the official ones, in modules that are imported and in those still to come.
 
     package: how the official folder YOCO/yoco/models/decoder is imported. parity: "float32" (state in float32) or
-    "official" (the official rounding points). stub_parallel: serve fairseq's and fairscale's names where those packages
-    are missing. Also serves `flash_attn`, which the official files import. Raises ValueError for another parity.
+    "official" (the official rounding points). stub_parallel: serve fairseq's, fairscale's and omegaconf's names where
+    those packages are missing. Also serves `flash_attn`, which the official files import. Raises ValueError for another
+    parity.
     """
-    global _installation, _parity
+    global _installation, _parity, _own_flash_attn
     if parity not in ("float32", "official"):
         raise ValueError(f"parity: got {parity!r}; allowed: 'float32', 'official'")
     uninstall()
     _parity = parity
-    _install_flash_attn()
+    _own_flash_attn = _install_flash_attn()
     _installation = _Installation(package, stub_parallel)
 
 
 def uninstall() -> None:
-    """Takes everything out again."""
-    global _installation, _parity
-    if _installation is not None:
-        _installation.undo()
+    """Takes everything out again: models of the official package run the official code from now on."""
+    global _installation, _parity, _own_flash_attn
+    installation, _installation, _parity = _installation, None, "float32"
+    if _own_flash_attn:
         _uninstall_flash_attn()
-    _installation, _parity = None, "float32"
+    _own_flash_attn = False
+    if installation is not None:
+        installation.undo()
 
 
 @contextlib.contextmanager
