@@ -25,7 +25,7 @@ demo: $(VENV)/.built
 
 test: test-cpu test-emulated
 
-test-cpu: $(VENV)/.built
+test-cpu: $(VENV)/.built $(VENV)/.compat
 	$(PY) -m pytest -q -n 2 --dist loadfile -k "not emulated" python_tests
 
 # ---- environment and build ----
@@ -34,6 +34,11 @@ $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+# the packages that yoco_ext.compat serves: without them the tests of test_compat_fla.py and -transformers.py are skipped
+$(VENV)/.compat: $(VENV)/.installed requirements-compat.txt
+	$(PY) -m pip install --quiet -r requirements-compat.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
