@@ -13,6 +13,9 @@ namespace {
 constexpr int64_t kWantedTasks = 16;
 constexpr int64_t kMinTaskKeys = 1024;
 
+// Rows that see at most so many keys get their delta from P dP; with more keys out . d_out is as good as plain PyTorch.
+constexpr int64_t kFewKeys = 8;
+
 // One (sequence, KV head).
 struct Unit {
   int64_t sequence, kv_head, rows, first_block;  // first_block: index of its first row block among all units
@@ -169,11 +172,39 @@ class Backward {
       const C lse = static_cast<const C*>(p_.lse)[at];
       if (lse == -std::numeric_limits<C>::infinity()) continue;  // sees nothing
       C delta = dot(query<const T>(p_.out, s, rows, r), query<const T>(p_.d_out, s, rows, r), p_.dim_v);
+      if constexpr (sizeof(T) == 2) delta_of_few_keys(u, s, rows, r, lse * static_cast<C>(kLog2E), delta);
       if (p_.d_lse != nullptr) delta -= static_cast<const C*>(p_.d_lse)[at];
       lse_[index] = lse * static_cast<C>(kLog2E);
       delta_[index] = delta;
       if (p_.d_sinks != nullptr) sink_terms_[index] = -std::exp(static_cast<C>(p_.sinks[head]) - lse) * delta;
     }
+  }
+
+  // delta of a row that sees few keys: sum of P dP. There dP - delta cancels down to far less than the rounding of
+  // `out`, which out . d_out would put into it.
+  void delta_of_few_keys(const Unit& u, const Sequence& s, const Rows& rows, int64_t r, C lse_log2, C& delta) const {
+    const int64_t row = rows.first + r, i = row / group_, head = u.kv_head * group_ + row % group_;
+    const KeyRange keys = key_range(p_, s, i), latents = p_.num_latents > 0 ? latent_range(p_, s, i) : KeyRange{0, 0};
+    const auto count = [](const KeyRange& k) { return std::max<int64_t>(k.end - k.begin, 0); };
+    if (count(keys) + count(latents) > kFewKeys) return;
+    delta = 0;
+    const auto add = [&](const KeyRange& range, bool latent) {
+      for (int64_t j = range.begin; j < range.end; ++j) {
+        const int64_t t = latent ? j : s.k_begin + j;
+        const T* k = at<T>(latent ? p_.latent_k : p_.k, s.batch, t, u.kv_head);
+        const T* v = at<T>(latent ? p_.latent_v : p_.v, s.batch, t, u.kv_head);
+        double score = p_.scale * static_cast<double>(dot(query<const T>(p_.q, s, rows, r), k, p_.dim_qk));
+        if (p_.softcap > 0) score = p_.softcap * std::tanh(score / p_.softcap);
+        if (!latent && p_.alibi_slopes != nullptr) {
+          const double distance = std::abs(static_cast<double>(i + s.len_k - s.len_q - j));
+          score -= static_cast<double>(p_.alibi_slopes[u.sequence * p_.alibi_batch_stride + head]) * distance;
+        }
+        const double weight = std::exp2(score * kLog2E - static_cast<double>(lse_log2));
+        delta += static_cast<C>(weight) * dot(query<const T>(p_.d_out, s, rows, r), v, p_.dim_v);
+      }
+    };
+    add(keys, false);
+    add(latents, true);
   }
 
   static C dot(const T* a, const T* b, int64_t dim) {

@@ -11,15 +11,46 @@
 
 #include "cuda/attention/align.h"
 #include "cuda/attention/simt_backward.h"
+#include "cuda/core/sequence.cuh"
 #include "cuda/kernels.h"
 
 namespace yoco::cuda {
 namespace {
 
+constexpr int kFewKeys = 8;  // with more keys out . d_out is as good as plain PyTorch
+
+// delta of a row that sees few keys, by one warp with a lane per key: sum of P dP. There dP - delta cancels down to far
+// less than the rounding of `out`, which out . d_out would put into it. False: not such a row, delta is as before.
+template <typename T>
+YOCO_DEVICE bool delta_of_few_keys(const AttentionBackwardParams& p, const ScoreParams& sp, int64_t batch,
+                                   int64_t token, int head, const T* d_out, float lse_log2, float& delta) {
+  const Token t = find_token(batch * p.time_q + token, p.time_q, p.cu_seqlens_q, p.num_sequences);
+  if (t.sequence < 0) return false;
+  const RowMap m = make_row_map(p, int(t.sequence), head / int(p.heads_q / p.heads_kv));
+  const int row = int(t.index) * m.group + head % m.group, lane = threadIdx.x % 32;
+  const int2 keys = row_keys(p, m, row, false);
+  const int2 latents = p.num_latents > 0 ? row_keys(p, m, row, true) : make_int2(0, 0);
+  const int count = keys.y - keys.x, total = count + latents.y - latents.x;
+  if (total > kFewKeys) return false;
+  float term = 0.f;
+  if (lane < total) {
+    const bool latent = lane >= count;
+    const int key = latent ? latents.x + lane - count : keys.x + lane;
+    const Segment<T> s = make_segment<T>(p, m, latent);
+    const T* q = static_cast<const T*>(p.q.data) + m.offset(p.q, row);
+    const float bias = latent ? 0.f : alibi_log2(p, m.sequence_index, head);
+    const float distance = float(m.token(row) + int(m.sequence.len_k - m.sequence.len_q) - key);
+    const float score = simt_score(sp, dot(q, s.k + key * s.k_stride, int(p.dim_qk)), bias, distance);
+    term = exp2f(score - lse_log2) * dot(d_out, s.v + key * s.v_stride, int(p.dim_v));
+  }
+  delta = group_sum(term);
+  return true;
+}
+
 // A warp per (batch, token, query head).
 template <typename T>
 __global__ void __launch_bounds__(256)
-    row_statistics_kernel(const __grid_constant__ AttentionBackwardParams p, float2* stats) {
+    row_statistics_kernel(const __grid_constant__ AttentionBackwardParams p, const ScoreParams score, float2* stats) {
   const int lane = threadIdx.x % 32, group = int(p.heads_q / p.heads_kv);
   const int64_t rows = p.batch * p.time_q * p.heads_q;
   for (int64_t row = int64_t(blockIdx.x) * 8 + threadIdx.x / 32; row < rows; row += int64_t(gridDim.x) * 8) {
@@ -32,10 +63,11 @@ __global__ void __launch_bounds__(256)
     for (int d = lane; d < p.dim_v; d += 32) delta = fmaf(to_float(out[d]), to_float(d_out[d]), delta);
     delta = group_sum(delta);
     const int64_t statistic = (b * p.heads_q + head) * p.time_q + t;
-    if (p.d_lse != nullptr) delta -= static_cast<const float*>(p.d_lse)[statistic];
     const float lse = static_cast<const float*>(p.lse)[statistic];
+    const float lse_log2 = lse == YOCO_NEG_INF ? -YOCO_NEG_INF : lse * kLog2E;
+    if constexpr (!std::is_same_v<T, float>) delta_of_few_keys<T>(p, score, b, t, int(head), d_out, lse_log2, delta);
+    if (p.d_lse != nullptr) delta -= static_cast<const float*>(p.d_lse)[statistic];
     if (lane == 0) {
-      const float lse_log2 = lse == YOCO_NEG_INF ? -YOCO_NEG_INF : lse * kLog2E;
       stats[((b * p.heads_kv + head / group) * p.time_q + t) * group + head % group] = make_float2(lse_log2, delta);
     }
   }
@@ -224,7 +256,8 @@ const char* backward(AttentionBackwardParams p, const Launch& launch) {
   const int64_t rows = p.batch * p.time_q * p.heads_q;
   if (rows > 0) {
     const unsigned ctas = unsigned(std::min<int64_t>(ceil_div(rows, 8), int64_t(sm_count(launch.device)) * 32 + 1));
-    if (const char* message = launch_kernel(row_statistics_kernel<T>, ctas, 256, 0, launch, p, plan.stats)) {
+    if (const char* message =
+            launch_kernel(row_statistics_kernel<T>, ctas, 256, 0, launch, p, plan.score, plan.stats)) {
       return message;
     }
   }
