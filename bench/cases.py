@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,17 +21,22 @@ def _randn(*shape: int, dtype: torch.dtype, device: torch.device, grad: bool = F
 
 
 def _backward(run, inputs: list[Tensor], d_out: Tensor):
-    """A call of the backward alone: the graph is kept, the gradients are not accumulated."""
-    out = run(*inputs)
-    return lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+    """A call of the backward alone: the graph is made by the first call and kept, gradients are not accumulated."""
+    outputs: list[Tensor] = []
+
+    def backward():
+        if not outputs:
+            outputs.append(run(*inputs))
+        return torch.autograd.grad(outputs[0], inputs, d_out, retain_graph=True)
+
+    return backward
 
 
 def visible_pairs(time_q: int, time_k: int, left: int = -1) -> float:
-    """Query-key pairs of causal attention (bottom-right) with `left` keys before the diagonal."""
-    rows = torch.arange(time_q, dtype=torch.float64) + (time_k - time_q) + 1
-    if left >= 0:
-        rows = rows.clamp(max=left + 1)
-    return float(rows.sum())
+    """Query-key pairs of causal attention (bottom-right) with `left` keys before the diagonal; time_q <= time_k."""
+    first = time_k - time_q + 1  # keys that row 0 sees in front of and on its diagonal
+    rising = time_q if left < 0 else min(max(left + 1 - first, 0), time_q)  # rows that see one more than the row before
+    return rising * first + rising * (rising - 1) / 2 + (time_q - rising) * (left + 1)
 
 
 def attention(device, dtype, time, heads, dim, *, batch=1, backward=False, time_k=None, heads_kv=None) -> Case:
@@ -40,13 +46,16 @@ def attention(device, dtype, time, heads, dim, *, batch=1, backward=False, time_
     runs = {OURS: lambda q, k, v: yoco_ext.attention(q, k, v)}
     if time == time_k:
         runs["sdpa"] = lambda q, k, v: peers.sdpa(q, k, v, causal=True)
-    else:
+    elif time == 1:  # one query sees every key
+        runs["sdpa"] = lambda q, k, v: peers.sdpa(q, k, v)
+    elif time * time_k <= 2**27:
         mask = peers.window_mask(time, time_k, time_k, device)
         runs["sdpa with mask"] = lambda q, k, v: peers.sdpa(q, k, v, mask)
     if device.type == "cuda" and dtype != torch.float32:
-        if time == time_k:
-            runs["sdpa cudnn"] = lambda q, k, v: peers.sdpa_cudnn(q, k, v, causal=True)
-        runs |= peers.gpu_attention_peers((-1, -1))
+        if time in (1, time_k):
+            runs["sdpa cudnn"] = lambda q, k, v: peers.sdpa_cudnn(q, k, v, causal=time > 1)
+        runs["flex compiled"] = peers.flex_window(time, time_k, -1, device)
+        runs |= peers.gpu_attention_peers((-1, -1), square=time == time_k)
     pairs = visible_pairs(time, time_k) * batch * heads
     elements = q.numel() * 2 + k.numel() * 2
     shape = f"B{batch} T{time}{'' if time == time_k else f'/{time_k}'} H{heads}/{heads_kv} D{dim} causal"
@@ -60,7 +69,7 @@ def window(device, dtype, time, heads, dim, left, *, batch=1, backward=False) ->
         mask = peers.window_mask(time, time, left - 1, device)
         runs["sdpa with mask"] = lambda q, k, v: peers.sdpa(q, k, v, mask)
     if not (backward and device.type == "cpu"):  # FlexAttention has no backward on the CPU
-        runs["flex compiled"] = peers.flex_window(time, left - 1, device)
+        runs["flex compiled"] = peers.flex_window(time, time, left - 1, device)
     if device.type == "cuda" and dtype != torch.float32:
         runs |= peers.gpu_attention_peers((left - 1, 0))
     flops = visible_pairs(time, time, left - 1) * batch * heads * 4 * dim
@@ -71,10 +80,9 @@ def window(device, dtype, time, heads, dim, left, *, batch=1, backward=False) ->
 def retention(device, dtype, batch, time, heads, dim, *, backward=False, reference=False) -> Case:
     q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
     g = torch.nn.functional.logsigmoid(torch.randn(batch, time, heads, device=device)).div(16).requires_grad_(backward)
-    runs = {
-        OURS: lambda q, k, v, g: yoco_ext.gated_retention(q, k, v, g),
-        "chunkwise compiled": lambda q, k, v, g: peers.compiled_retention()(q, k, v, g),
-    }
+    runs = {OURS: lambda q, k, v, g: yoco_ext.gated_retention(q, k, v, g)}
+    if device.type == "cpu" or time <= 4096:  # its loop over chunks is unrolled: minutes of compiling beyond that
+        runs["chunkwise compiled"] = lambda q, k, v, g: peers.compiled_retention()(q, k, v, g)
     if device.type == "cuda":
         runs |= peers.gpu_retention_peers()
     if reference:
@@ -100,12 +108,17 @@ def decode(device, dtype, batch, time_k, *, cache_dtype=None, heads=24, heads_kv
     """One new token per sequence over the shared cache; the peer is memory bandwidth."""
     cache_dtype = cache_dtype or dtype
     q = _randn(batch, 1, heads, dim, dtype=dtype, device=device)
-    k, v = ((torch.randn(batch, time_k, heads_kv, dim, device=device) * 8).to(cache_dtype) for _ in range(2))
+    # Made in dtype, not in float32: the largest cache is 34 GB.
+    k, v = (torch.randn(batch, time_k, heads_kv, dim, device=device, dtype=dtype).mul_(8).to(cache_dtype) for _ in "kv")
     used = torch.full((batch,), time_k, dtype=torch.int32, device=device)
     scale = torch.full((heads_kv,), 0.125, device=device) if SIZE[cache_dtype] == 1 else None
     runs = {OURS: lambda: yoco_ext.attention_decode(q, k, v, seqused_k=used, k_scale=scale, v_scale=scale)}
     if cache_dtype == dtype:
         runs["sdpa"] = lambda: peers.sdpa(q, k, v)
+        if device.type == "cuda":
+            runs["sdpa cudnn"] = lambda: peers.sdpa_cudnn(q, k, v)
+            for name, run in peers.gpu_decode_peers(batch, time_k, device).items():
+                runs[name] = lambda run=run: run(q, k, v)
     shape = f"B{batch} Tk{time_k} H{heads}/{heads_kv} D{dim} {str(cache_dtype).removeprefix('torch.')} cache"
     flops = batch * heads * time_k * 4 * dim
     return Case("decode", shape, dtype, flops, (k.numel() + v.numel()) * SIZE[cache_dtype], runs)
@@ -121,9 +134,22 @@ def step(device, dtype, batch, heads, dim) -> Case:
         torch.einsum("bhk,bhkv->bhv", q[:, 0].float(), state)
 
     runs = {OURS: lambda: yoco_ext.gated_retention_step(q, k, v, g, state), "eager": plain}
+    if device.type == "cuda":
+        for name, run in peers.gpu_step_peers().items():
+            runs[name] = lambda run=run: run(q, k, v, g, state)
     return Case(
         "retention step", f"B{batch} H{heads} D{dim}", dtype, 4 * batch * heads * dim * dim, 8 * state.numel(), runs
     )
+
+
+def launch(device, dtype, time=256, heads=8, dim=64) -> Iterator[Case]:
+    """A call so small that launching it is the time: 50 calls in a row, no synchronisation between them."""
+    for case in (
+        attention(device, dtype, time, heads, dim),
+        retention(device, dtype, 1, time, heads, dim),
+        step(device, dtype, 1, heads, dim),
+    ):
+        yield replace(case, op=f"launch: {case.op}", calls=50)
 
 
 def cpu_suite(quick: bool) -> Iterator[Case]:
@@ -143,23 +169,27 @@ def cpu_suite(quick: bool) -> Iterator[Case]:
         yield decode(device, torch.bfloat16, 1, 32768, cache_dtype=cache_dtype)
     yield decode(device, torch.bfloat16, 4, 16384)
     yield step(device, torch.bfloat16, 8, 24, 128)
+    yield from launch(device, torch.bfloat16)
 
 
-def cuda_suite(quick: bool) -> Iterator[Case]:
-    device, dtype = torch.device("cuda"), torch.bfloat16
+def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> Iterator[Case]:  # noqa: B008
+    dtype = torch.bfloat16
     tokens, hidden = 16384, 2048
     for dim in (64, 128, 256):
         for time in (1024, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384):
             for backward in (False, True):
                 yield attention(device, dtype, time, hidden // dim, dim, batch=tokens // time, backward=backward)
     for left in (256, 1024) if quick else (256, 512, 1024, 4096):
-        for dim in (64, 128):
-            yield window(device, dtype, 16384, hidden // dim, dim, left)
-            yield window(device, dtype, 16384, hidden // dim, dim, left, backward=True)
+        for dim in (64, 128, 256):
+            for time in (16384,) if quick else (4096, 16384):
+                for backward in (False, True):
+                    if left < time:
+                        batch = tokens // time
+                        yield window(device, dtype, time, hidden // dim, dim, left, batch=batch, backward=backward)
     for time in (1, 16, 1024):
         for time_k in (8192, 131072) if quick else (8192, 131072, 1048576):
-            if time * time_k <= 2**28:
-                yield attention(device, dtype, time, 24, 128, time_k=time_k, heads_kv=8)
+            for backward in (False, True):
+                yield attention(device, dtype, time, 24, 128, time_k=time_k, heads_kv=8, backward=backward)
     shapes = [
         (1, 8192, 96, 128),
         (2, 16384, 16, 128),
@@ -175,9 +205,9 @@ def cuda_suite(quick: bool) -> Iterator[Case]:
         yield retention(device, dtype, 1, 2**20, 24, 128)
     for batch in (1, 8, 64):
         for time_k in (4096, 131072) if quick else (4096, 32768, 131072, 1048576):
-            if batch * time_k <= 2**22:
+            if batch * time_k <= 2**23:  # 34 GB of keys and values in bf16
                 for cache_dtype in (dtype, torch.float8_e4m3fn):
                     yield decode(device, dtype, batch, time_k, cache_dtype=cache_dtype)
-    for batch in (1, 64):
+    for batch in (1, 8, 64):
         yield step(device, dtype, batch, 24, 128)
-    yield attention(device, dtype, 256, 8, 64)  # launch overhead
+    yield from launch(device, dtype)

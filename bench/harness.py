@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ class Case:
     flops: float  # useful floating-point operations of one call
     bytes: float  # compulsory memory traffic of one call
     runs: dict[str, Callable[[], Any]]  # implementation name -> call
+    calls: int = 1  # calls that are timed together: many where the time of one is that of launching it
 
 
 @dataclasses.dataclass
@@ -41,6 +43,7 @@ class Result:
     milliseconds: dict[str, float]  # median per implementation
     spread: dict[str, float]  # (third quartile - first quartile) / median
     rounds: int
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # peer -> why it could not run this case
 
     @property
     def best_peer(self) -> str | None:
@@ -79,17 +82,34 @@ class Timer:
 
 
 def measure(case: Case, timer: Timer, seconds: float = 2.0, rounds: tuple[int, int] = (5, 50)) -> Result:
-    """Medians over at least rounds[0] and at most rounds[1] turns, about `seconds` for all implementations together."""
-    for run in case.runs.values():  # compile, allocate, warm up
-        run()
-        run()
-    times: dict[str, list[float]] = {name: [] for name in case.runs}
+    """Medians over at least rounds[0] and at most rounds[1] turns, about `seconds` for all implementations together.
+
+    A peer that cannot run the case (shape not supported, out of memory) is left out and listed in `failed`; our own
+    failure is an error.
+    """
+    runs, failed = {}, {}
+    for name, run in case.runs.items():  # compile, allocate, warm up
+        try:
+            run()
+            run()
+            if timer.device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            if name == OURS:
+                raise
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        if case.calls == 1:
+            runs[name] = run
+        else:
+            runs[name] = lambda run=run: [run() for _ in range(case.calls)] and None
+    times: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
     for done in range(rounds[1]):
         if done >= rounds[0] and time.perf_counter() - begin > seconds:
             break
-        for name, run in case.runs.items():
-            times[name].append(timer(run))
+        for name, run in runs.items():
+            times[name].append(timer(run) / case.calls)
     medians = {name: statistics.median(t) for name, t in times.items()}
     quartiles = {name: statistics.quantiles(t, n=4) for name, t in times.items()}
     return Result(
@@ -100,7 +120,8 @@ def measure(case: Case, timer: Timer, seconds: float = 2.0, rounds: tuple[int, i
         case.bytes,
         {name: 1e3 * t for name, t in medians.items()},
         {name: (q[2] - q[0]) / medians[name] for name, q in quartiles.items()},
-        len(times[OURS]) if OURS in times else len(next(iter(times.values()))),
+        len(next(iter(times.values()))),
+        failed,
     )
 
 
@@ -111,7 +132,27 @@ def format_row(result: Result) -> str:
     if result.best_peer:
         peers = ", ".join(f"{n} {t:.3f}" for n, t in result.milliseconds.items() if n != OURS)
         cells.append(f"{result.ratio:>6.2f}x  ({peers} ms)")
+    if result.failed:
+        cells.append("not run: " + ", ".join(result.failed))
     return "  ".join(cells)
+
+
+# Distributions whose version belongs beside a figure, where they are installed.
+PEERS = ("triton", "flash-attn", "flash-attn-3", "flash_attn_3", "flash-linear-attention", "fla-core")
+
+
+def peer_versions(device: torch.device) -> dict[str, str]:
+    """Versions of everything the cases are compared with."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if device.type == "cuda":
+        found["cudnn"] = str(torch.backends.cudnn.version())
+        found["cuda"] = str(torch.version.cuda)
+    return found
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -132,6 +173,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "torch": torch.__version__,
+        "peers": peer_versions(device),
         "python": platform.python_version(),
         "cpu": cpu,
         "cores": os.cpu_count(),

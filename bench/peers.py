@@ -40,16 +40,32 @@ def _compiled_flex() -> Callable:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex_window(time: int, left: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Compiled FlexAttention with a causal window; the block mask is made once, outside the timing."""
+def flex_window(
+    time_q: int, time_k: int, left: int, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Compiled FlexAttention, causal (bottom-right) with `left` keys before the diagonal, -1 for all of them; the block
+    mask is made once, outside the timing."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (q - k <= left)
+    shift = time_k - time_q
 
-    mask = create_block_mask(visible, None, None, time, time, device=str(device))
+    def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k <= q + shift
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q + shift) & (q + shift - k <= left)
+
     flex = _compiled_flex()
-    return lambda q, k, v: flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+    mask = None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal mask
+        if mask is None:
+            mask = create_block_mask(causal if left < 0 else visible, None, None, time_q, time_k, device=str(device))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    return run
 
 
 def chunkwise_retention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, chunk: int = 64) -> Tensor:
@@ -84,8 +100,9 @@ def compiled_retention() -> Callable:
     return torch.compile(chunkwise_retention, dynamic=False)
 
 
-def gpu_attention_peers(window: tuple[int, int]) -> dict[str, Callable]:
-    """flash_attn 2 and 3 as far as they are installed, called with [B, T, H, D] tensors."""
+def gpu_attention_peers(window: tuple[int, int], square: bool = True) -> dict[str, Callable]:
+    """flash_attn 2 and 3 and fla's attention as far as they are installed, called with [B, T, H, D] tensors. square:
+    as many queries as keys, which fla needs."""
     found: dict[str, Callable] = {}
     try:
         from flash_attn import flash_attn_func
@@ -103,12 +120,63 @@ def gpu_attention_peers(window: tuple[int, int]) -> dict[str, Callable]:
         found["flash_attn 3"] = run
     except ImportError:
         pass
+    if square:
+        try:
+            from fla.ops.attn import parallel_attn
+
+            size = None if window[0] < 0 else window[0] + 1
+            found["fla parallel_attn"] = lambda q, k, v: parallel_attn(q, k, v, window_size=size)
+        except ImportError:
+            pass
+    return found
+
+
+def gpu_decode_peers(batch: int, time_k: int, device: torch.device) -> dict[str, Callable]:
+    """One query token per sequence: q [B, 1, H, D], caches [B, T, Hkv, D]."""
+    found: dict[str, Callable] = {}
+    try:
+        from flash_attn import flash_attn_with_kvcache
+
+        used = torch.full((batch,), time_k, dtype=torch.int32, device=device)
+        found["flash_attn 2"] = lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_seqlens=used)
+    except ImportError:
+        pass
+    try:
+        from flash_attn_interface import flash_attn_with_kvcache as decode_3
+
+        lengths = torch.full((batch,), time_k, dtype=torch.int32, device=device)
+        found["flash_attn 3"] = lambda q, k, v: decode_3(q, k, v, cache_seqlens=lengths)
+    except ImportError:
+        pass
+    try:
+        from fla.ops.attn.decoding import attn_decoding_one_step
+
+        bounds = torch.arange(0, (batch + 1) * time_k, time_k, dtype=torch.int64, device=device)
+        found["fla attn_decoding"] = lambda q, k, v: attn_decoding_one_step(
+            q.transpose(0, 1), k.flatten(0, 1)[None], v.flatten(0, 1)[None], cu_seqlens=bounds
+        )
+    except ImportError:
+        pass
     return found
 
 
 def gpu_retention_peers() -> dict[str, Callable]:
+    """fla's Triton kernels, which its YOCO model uses."""
     try:
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
         return {}
     return {"fla chunk_simple_gla": lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0]}
+
+
+def gpu_step_peers() -> dict[str, Callable]:
+    """fla's recurrent kernel: (q, k, v, g, state) -> o, new state."""
+    try:
+        from fla.ops.simple_gla import fused_recurrent_simple_gla
+    except ImportError:
+        return {}
+    return {
+        "fla fused_recurrent": lambda q, k, v, g, state: fused_recurrent_simple_gla(
+            q, k, v, g, initial_state=state, output_final_state=True
+        )
+    }
