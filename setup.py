@@ -104,7 +104,8 @@ class CMakeBuild(build_ext):
             target.mkdir(parents=True, exist_ok=True)
             if not cuda:
                 # A library of an earlier CUDA build would be loaded in spite of YOCO_EXT_CUDA=0.
-                (target / "libyoco_ext_cuda.so").unlink(missing_ok=True)
+                for name in ("libyoco_ext_cuda.so", "libyoco_ext_cuda.kernels.json"):
+                    (target / name).unlink(missing_ok=True)
             subprocess.run(["cmake", "--install", build, "--prefix", target], check=True)
 
 

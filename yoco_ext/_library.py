@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 OPS_LIBRARY = "libyoco_ext_ops.so"
 EMULATED_LIBRARY = "libyoco_ext_emulated.so"
+KERNEL_REPORT = "libyoco_ext_cuda.kernels.json"
 
 _handle: ctypes.CDLL | None = None
 _current = "cpu"
@@ -101,3 +104,20 @@ def backend_variant(name: str) -> str | None:
     function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_char_p
     variant = function(name.encode())
     return None if variant is None else variant.decode()
+
+
+def backend_ops(name: str) -> dict[str, bool]:
+    """Kernel entries of "cpu" or "cuda" -> whether this build has a kernel there; empty without such a back end."""
+    function = load().yoco_backend_ops
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_char_p
+    text = function(name.encode())
+    words = [] if text is None else text.decode().split()
+    return {entry: present == "1" for entry, present in (word.split("=") for word in words)}
+
+
+def kernel_report() -> list[dict[str, Any]] | None:
+    """What ptxas said about the CUDA kernels of this build, one entry per kernel and architecture; None where no report
+    lies beside the op library. Keys: name, arch, registers, stack, spill_stores, spill_loads, shared (all in bytes but
+    registers; shared is the static part)."""
+    path = ops_library().resolve().parent / KERNEL_REPORT
+    return json.loads(path.read_text())["kernels"] if path.is_file() else None

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     info = command("info", _info, "what this build is and runs on", "yoco-ext info --kernels")
-    info.add_argument("--kernels", action="store_true", help="also list the ops and the back ends that have them")
+    info.add_argument("--kernels", action="store_true", help="also each back end's kernels, their registers and memory")
 
     demo = command(
         "demo",
@@ -239,18 +239,36 @@ def _info(options: argparse.Namespace) -> int:
         variant = _library.backend_variant(name)
         print(f"{name:<12}{'kernels for ' + variant if variant is not None else 'no kernels in this build'}")
     if options.kernels:
-        _print_kernels([name for name in ("cpu", "cuda") if _library.backend_variant(name) is not None])
+        _print_entries()
+        _print_report()
     return 0
 
 
-def _print_kernels(backends: list[str]) -> None:
-    names = sorted(
-        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("yoco_ext::")
-    )
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in names:
-        found = [backend for backend in backends if has_kernel(f"yoco_ext::{name}", backend.upper())]
-        print(f"  {name:<32}{', '.join(found)}")
+def _print_entries() -> None:
+    """Which back end has a kernel for what."""
+    ops = {name: _library.backend_ops(name) for name in ("cpu", "cuda")}
+    print("\nkernel entries".ljust(34) + "".join(f"{name:<8}" for name in ops))
+    for entry in ops["cpu"]:
+        cells = ("yes" if found.get(entry) else "none" if found else "-" for found in ops.values())
+        print(f"  {entry:<31}" + "".join(f"{cell:<8}" for cell in cells))
+
+
+def _print_report() -> None:
+    """Registers, spills and shared memory of the CUDA kernels, as the compiler reported them."""
+    report = _library.kernel_report()
+    if not report:
+        where = _library.ops_library().parent / _library.KERNEL_REPORT
+        print(f"\nno report on CUDA kernels: {where} is {'empty' if report == [] else 'not there'}. A CUDA build with")
+        print("machine code (YOCO_EXT_CUDA=1, YOCO_CUDA_ARCHS without -virtual) writes it.")
+        return
+    print("\nCUDA kernels: registers per thread; bytes spilled (stored, loaded) and on the stack per thread; static")
+    print("shared memory in bytes per block (what a launch asks for on top of it: tables in docs/cuda_*.md)")
+    width = min(76, max(len(kernel["name"]) for kernel in report))
+    print(f"  {'kernel':<{width}} {'arch':<7}{'registers':>9}{'spilled':>12}{'stack':>7}{'shared':>8}")
+    for kernel in report:
+        spilled = f"{kernel['spill_stores']}, {kernel['spill_loads']}"
+        figures = f"{kernel['registers']:>9}{spilled:>12}{kernel['stack']:>7}{kernel['shared']:>8}"
+        print(f"  {kernel['name']:<{width}} {kernel['arch']:<7}{figures}")
 
 
 def _demo(options: argparse.Namespace) -> int:

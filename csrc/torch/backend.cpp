@@ -118,6 +118,37 @@ void check_index_range(const OptionalTensor& index, const char* name, int64_t lo
 
 }  // namespace yoco
 
+namespace {
+
+// "retention_forward=1 retention_backward=0 ...": which entries of a table hold a kernel.
+std::string list_ops(const yoco::KernelTable& t) {
+  std::string text;
+  const auto add = [&](const char* name, bool present) { text += std::string(name) + (present ? "=1 " : "=0 "); };
+#define YOCO_ADD(entry) add(#entry, t.entry != nullptr)
+  YOCO_ADD(retention_forward);
+  YOCO_ADD(retention_backward);
+  YOCO_ADD(retention_step);
+  YOCO_ADD(attention_forward);
+  YOCO_ADD(attention_backward);
+  YOCO_ADD(decode);
+  YOCO_ADD(append_kv);
+  YOCO_ADD(rms_norm);
+  YOCO_ADD(rms_norm_backward);
+  YOCO_ADD(rotary);
+  YOCO_ADD(swiglu);
+  YOCO_ADD(swiglu_backward);
+  YOCO_ADD(retention_output);
+  YOCO_ADD(retention_output_backward);
+#undef YOCO_ADD
+  return text;
+}
+
+const yoco::KernelTable* table_named(const char* name) {
+  return std::string(name) == "cpu" ? yoco::cpu::kernels() : yoco::cuda_backend().table;
+}
+
+}  // namespace
+
 // ---- called from Python through ctypes -------------------------------------------------------------
 extern "C" {
 
@@ -139,7 +170,17 @@ __attribute__((visibility("default"))) const char* yoco_use_backend(const char* 
 
 // "cpu" or "cuda" -> what was picked at run time ("avx512_bf16", "sm_90a"), or null when there are no such kernels.
 __attribute__((visibility("default"))) const char* yoco_backend_variant(const char* name) {
-  const yoco::KernelTable* table = std::string(name) == "cpu" ? yoco::cpu::kernels() : yoco::cuda_backend().table;
+  const yoco::KernelTable* table = table_named(name);
   return table == nullptr ? nullptr : (table->variant == nullptr ? "" : table->variant());
+}
+
+// "cpu" or "cuda" -> "retention_forward=1 ...": one word per kernel entry, 0 where this back end has none; null when
+// there are no such kernels at all.
+__attribute__((visibility("default"))) const char* yoco_backend_ops(const char* name) {
+  static thread_local std::string text;
+  const yoco::KernelTable* table = table_named(name);
+  if (table == nullptr) return nullptr;
+  text = list_ops(*table);
+  return text.c_str();
 }
 }

@@ -1,0 +1,115 @@
+"""What a CUDA build tells about its kernels: ptxas' lines -> JSON -> `yoco-ext info --kernels`; table of instances."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from yoco_ext import _library
+from yoco_ext.cli import main
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "csrc/cuda/kernel_report.py"
+
+# As nvcc 13.0 -Xptxas=-v prints it; a warning of the host compiler in between belongs to the person who builds.
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN4yoco4cuda6kernelILi64ELb1EEEvNS_6ParamsE' for 'sm_80'
+ptxas info    : Function properties for _ZN4yoco4cuda6kernelILi64ELb1EEEvNS_6ParamsE
+    288 bytes stack frame, 12 bytes spill stores, 34 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 288 bytes cumulative stack size, 1024 bytes smem, 616 bytes cmem[0]
+ptxas info    : Compile time = 6.962 ms
+kernel.cu(7): warning: something else
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN4yoco4cuda5otherEv' for 'sm_90a'
+ptxas info    : Function properties for _ZN4yoco4cuda5otherEv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+
+
+def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    """The report beside an op library, made by a compiler that says the above."""
+    compiler = tmp_path / "compiler.py"
+    compiler.write_text(f"import sys\nsys.stderr.write({PTXAS!r})\nopen(sys.argv[-1], 'w').close()\n")
+    done = _script("record", sys.executable, str(compiler), "-c", "-o", str(tmp_path / "kernel.o"))
+    assert done.returncode == 0 and (tmp_path / "kernel.o").exists()
+    assert done.stderr == "kernel.cu(7): warning: something else\n"
+    out = tmp_path / _library.KERNEL_REPORT
+    assert _script("collect", str(out), str(tmp_path / "kernel.o"), str(tmp_path / "missing.o")).returncode == 0
+    return out
+
+
+def test_report_holds_what_ptxas_said(report: Path) -> None:
+    first, second = json.loads(report.read_text())["kernels"]
+    assert "kernel" in first.pop("name") and "other" in second.pop("name")
+    assert first == {
+        "arch": "sm_80",
+        "registers": 255,
+        "stack": 288,
+        "spill_stores": 12,
+        "spill_loads": 34,
+        "shared": 1024,
+    }
+    assert second == {"arch": "sm_90a", "registers": 8, "stack": 0, "spill_stores": 0, "spill_loads": 0, "shared": 0}
+
+
+def test_info_prints_the_report(
+    report: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = report.parent / "libyoco_ext_ops.so"
+    monkeypatch.setattr(_library, "ops_library", lambda: library)
+    from yoco_ext.cli import _print_report
+
+    _print_report()
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if "sm_80" in line)
+    assert row[-6:] == ["sm_80", "255", "12,", "34", "288", "1024"]
+    report.unlink()
+    _print_report()
+    out = capsys.readouterr().out
+    assert str(library.parent) in out and "YOCO_EXT_CUDA=1" in out
+
+
+def test_a_failing_compiler_fails(tmp_path: Path) -> None:
+    code = "import sys; sys.stderr.write('kernel.cu: error: no\\n'); sys.exit(3)"
+    done = _script("record", sys.executable, "-c", code, "-o", str(tmp_path / "kernel.o"))
+    assert done.returncode == 3 and "error: no" in done.stderr
+
+
+def test_every_back_end_lists_every_entry(capsys: pytest.CaptureFixture[str]) -> None:
+    ops = _library.backend_ops("cpu")
+    struct = (ROOT / "csrc/params.h").read_text().split("struct KernelTable")[1].split("};")[0]
+    entries = [line.split("(*")[1].split(")")[0] for line in struct.splitlines() if "(*" in line]
+    wanted = {name for name in entries if name != "variant" and not name.endswith("_workspace")}
+    assert set(ops) == wanted, "csrc/torch/backend.cpp lists the entries of KernelTable"
+    assert all(ops.values())
+    assert main(["info", "--kernels"]) == 0
+    out = capsys.readouterr().out
+    assert all(entry in out for entry in wanted)
+
+
+def _expand(pattern: str) -> list[str]:
+    """a_{b,c}.cu -> a_b.cu, a_c.cu"""
+    found = re.search(r"\{([^}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [name for word in found[1].split(",") for name in _expand(head + word + tail)]
+
+
+def test_the_table_of_instances_is_complete() -> None:
+    rows = [line for line in (ROOT / "docs/cuda_build.md").read_text().splitlines() if line.startswith("| `")]
+    listed = [name for row in rows for word in re.findall(r"`([^`]*\.cu)`", row) for name in _expand(word)]
+    folder = ROOT / "csrc/cuda"
+    there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.cu"))
+    assert sorted(listed) == there, "docs/cuda_build.md lists every .cu file once and says why it exists"
