@@ -18,7 +18,7 @@ NVCC       := $(shell command -v nvcc 2>/dev/null)
 HAVE_EMULATOR := $(and $(NVCC),$(wildcard $(PTXSIM_DIR)/CMakeLists.txt))
 EMULATED   := build/emulated/libyoco_ext_emulated.so
 
-.PHONY: demo test test-cpu test-emulated test-abi sanitize bench gpu lint format clean emulated
+.PHONY: demo test skipped test-cpu test-emulated test-abi sanitize bench gpu lint format clean emulated
 
 demo: $(VENV)/.built
 	$(VENV)/bin/yoco-ext demo --output $(OUTPUT)
@@ -46,14 +46,23 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 # ---- the CUDA kernels on the emulator ----
+# Twice where the code depends on the GPU: as a Hopper GPU (PTXSIM_CC=90, the default) everything, as an older one the
+# kernels that Hopper has its own versions of.
+BOTH_FAMILIES := $(wildcard python_tests/test_attention*.py python_tests/test_gated_retention*.py \
+  python_tests/test_cuda_*.py python_tests/test_shared_kv.py)
+EMULATED_PYTEST = YOCO_EXT_EMULATED_LIBRARY=$(abspath $(EMULATED)) $(PY) -m pytest -q -n 2 --dist load -k emulated
+
 ifeq ($(HAVE_EMULATOR),)
+NO_EMULATOR := nvcc $(if $(NVCC),is at $(NVCC),was not found on the PATH); \
+  ptxsim $(if $(wildcard $(PTXSIM_DIR)/CMakeLists.txt),is in,was not found in) $(PTXSIM_DIR) (PTXSIM_DIR)
 test-emulated:
-	@echo "emulated back end skipped: it needs nvcc ($(if $(NVCC),found,not found)) and ptxsim ($(PTXSIM_DIR))"
+	@echo "SKIPPED: the CUDA kernels on the emulator. $(NO_EMULATOR)"
 emulated:
-	@echo "emulated back end not built: it needs nvcc and ptxsim (PTXSIM_DIR)"; false
+	@echo "emulated back end not built: $(NO_EMULATOR)"; false
 else
 test-emulated: $(VENV)/.built $(EMULATED)
-	YOCO_EXT_EMULATED_LIBRARY=$(abspath $(EMULATED)) $(PY) -m pytest -q -n 2 --dist load -k emulated python_tests
+	$(EMULATED_PYTEST) python_tests
+	PTXSIM_CC=80 $(EMULATED_PYTEST) $(BOTH_FAMILIES)
 emulated: $(EMULATED)
 $(EMULATED): $(VENV)/.installed $(CUDA_SOURCES)
 	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S csrc/cuda -B build/emulated -G Ninja -DYOCO_EMULATED=ON \
@@ -62,6 +71,10 @@ $(EMULATED): $(VENV)/.installed $(CUDA_SOURCES)
 	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build/emulated yoco_ext_emulated
 	touch $@
 endif
+
+# What `make test` leaves out on this machine.
+skipped:
+	@echo "GPU: $(if $(HAVE_GPU),tested,none here; cuda tests not run). Emulator: $(if $(HAVE_EMULATOR),tested,not run. $(NO_EMULATOR))"
 
 # ---- one op library, several torch releases and Python versions ----
 test-abi: $(VENV)/.built

@@ -1,0 +1,240 @@
+"""Every CUDA kernel instance under other schedules of the emulator, with its race checker on.
+
+An ordinary run executes warps and copies in a friendly order. Here asynchronous copies (and on Hopper WGMMA) land as
+late as the architecture allows ("lazy"), and warps, blocks and copies take random turns ("random", a fresh seed each
+time). A well synchronised kernel gives the bits of the ordinary run; one that is not is named by the race checker.
+Numerics have their own tests.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from numerics import bitwise_equal
+from torch import Tensor
+
+import yoco_ext
+
+pytestmark = pytest.mark.backends("emulated")
+
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {**LOW, "fp32": torch.float32}
+# dq is summed with atomics: any order is right, and each gives other last bits. Everything else is exact here too.
+ADDED, DQ = "dq by atomics", 2  # results: out, lse, dq, dk, dv
+SCHEDULES = ("lazy", "random 1", "random 2", "random 3")
+
+Case = Callable[[], list[Tensor]]
+CASES: dict[str, Callable[[Any], Case]] = {}
+
+
+def case(name: str) -> Callable[[Callable[..., Case]], Callable[..., Case]]:
+    def add(make: Callable[..., Case]) -> Callable[..., Case]:
+        CASES[name] = make
+        return make
+
+    return add
+
+
+def randn(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def with_gradients(function: Callable[..., Any], *inputs: Tensor) -> Case:
+    """A case of outputs and all gradients; the upstream gradients are drawn once."""
+    upstream: list[Tensor] = []
+
+    def run() -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        if not upstream:
+            upstream.extend(torch.randn(o.shape).to(o.dtype) for o in outputs)
+        return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+
+    return run
+
+
+# ---- attention: two query tiles and three key tiles, grouped heads, one full tile and two masked ones ---------------
+def add_attention(
+    name: str,
+    dtype: torch.dtype,
+    dim: int,
+    time: tuple[int, int] = (140, 200),
+    window: tuple[int, int] = (-1, -1),
+    deterministic: bool = True,
+) -> None:
+    words = ["attention", name, str(dim), "" if window[0] < 0 else "window", "" if deterministic else ADDED]
+
+    @case(" ".join(word for word in words if word))
+    def make(backend: Any) -> Case:
+        q = randn(dtype, 1, time[0], 2, dim)
+        k, v = (randn(dtype, 1, time[1], 1, dim) for _ in range(2))
+        options = {"return_lse": True, "deterministic": deterministic, "window": window}
+        return with_gradients(lambda *x: backend.ops.attention(*x, **options), q, k, v)
+
+
+for name, dtype in LOW.items():
+    for dim in (64, 128, 256):
+        add_attention(name, dtype, dim)
+        add_attention(name, dtype, dim, deterministic=False)
+    add_attention(name, dtype, 64, window=(70, 0))
+add_attention("fp32", torch.float32, 64, time=(20, 70))
+
+
+@case("attention bf16 64 shared over layers")
+def _(backend: Any) -> Case:
+    """dK and dV added into the float32 accumulators of a SharedKV."""
+
+    def two_layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shared = yoco_ext.SharedKV(k, v)
+        first = backend.ops.cross_attention(q, shared, deterministic=True)
+        return backend.ops.cross_attention(first, shared, deterministic=True)
+
+    return with_gradients(two_layers, *(randn(torch.bfloat16, 1, 70, 2, 64) for _ in range(3)))
+
+
+@case("attention bf16 64 cut over keys")
+def _(backend: Any) -> Case:
+    q = randn(torch.bfloat16, 1, 3, 2, 64)
+    k, v = (randn(torch.bfloat16, 1, 2100, 1, 64) for _ in range(2))
+    return lambda: list(backend.ops.attention(q, k, v, return_lse=True))
+
+
+@case("attention bf16 64 latents")
+def _(backend: Any) -> Case:
+    q, k, v, lk, lv = (randn(torch.bfloat16, 1, n, 2, 64) for n in (70, 70, 70, 90, 90))
+    attention = backend.ops.attention
+    return with_gradients(lambda q, k, v, a, b: attention(q, k, v, latents=(a, b), deterministic=True), q, k, v, lk, lv)
+
+
+# ---- gated retention: three chunks, the last one not full ----------------------------------------------------------
+def add_retention(name: str, dtype: torch.dtype, dim_k: int, dim_v: int, time: int = 140) -> None:
+    @case(f"retention {name} {dim_k} {dim_v} {time}")
+    def make(backend: Any) -> Case:
+        q, k = (randn(dtype, 1, time, 1, dim_k) for _ in range(2))
+        v = randn(dtype, 1, time, 1, dim_v)
+        g = torch.nn.functional.logsigmoid(torch.randn(1, time, 1)) / 4
+        state = torch.randn(1, 1, dim_k, dim_v)
+        retention = backend.ops.gated_retention
+        return with_gradients(
+            lambda q, k, v, g, s: retention(q, k, v, g, initial_state=s, return_final_state=True), q, k, v, g, state
+        )
+
+
+for name, dtype in LOW.items():
+    for dim_k, dim_v in ((64, 64), (128, 64), (128, 128), (256, 72)):
+        add_retention(name, dtype, dim_k, dim_v)
+add_retention("bf16", torch.bfloat16, 16, 16, 2100)  # segments
+add_retention("fp32", torch.float32, 24, 40)
+
+
+def add_step(name: str, dtype: torch.dtype, dim: int) -> None:
+    @case(f"retention step {name} {dim}")
+    def make(backend: Any) -> Case:
+        q, k, v = (randn(dtype, 2, 5, 2, dim) for _ in range(3))
+        g, state = -torch.rand(2, 5, 2), torch.randn(2, 2, dim, dim)
+
+        def run() -> list[Tensor]:
+            now = state.clone()
+            return [backend.ops.gated_retention_step(q, k, v, g, now), now]
+
+        return run
+
+
+for name, dtype in DTYPES.items():
+    for dim in (64, 256):
+        add_step(name, dtype, dim)
+
+
+# ---- decode: 16 and 64 packed rows, every kind of cache, several splits --------------------------------------------
+def add_decode(name: str, dtype: torch.dtype, dim: int, stored: torch.dtype, tokens: int, splits: int = 0) -> None:
+    kind = str(stored).removeprefix("torch.")
+
+    @case(f"decode {name} {dim} {kind} cache, {tokens} tokens, {splits} splits")
+    def make(backend: Any) -> Case:
+        q = randn(dtype, 2, tokens, 4, dim)
+        narrow = stored.itemsize == 1
+        k, v = ((torch.randn(9, 16, 1, dim) * (8 if narrow else 1)).to(stored) for _ in range(2))
+        table = torch.randperm(9)[:8].reshape(2, 4).to(torch.int32)
+        scale = torch.full((1,), 0.125) if narrow else None
+        used = torch.tensor([61, 37], dtype=torch.int32)
+        options = {"seqused_k": used, "block_table": table, "k_scale": scale, "v_scale": scale, "num_splits": splits}
+        return lambda: list(backend.ops.attention_decode(q, k, v, return_lse=True, **options))
+
+
+for name, dtype in LOW.items():
+    for dim in (64, 128, 256):
+        for stored in (dtype, torch.float8_e4m3fn, torch.int8):
+            add_decode(name, dtype, dim, stored, tokens=1)
+            add_decode(name, dtype, dim, stored, tokens=9, splits=3)
+add_decode("fp32", torch.float32, 64, torch.float32, tokens=2)
+
+
+# ---- append and pointwise ------------------------------------------------------------------------------------------
+def add_append(name: str, dtype: torch.dtype, stored: torch.dtype) -> None:
+    @case(f"append {name} to {str(stored).removeprefix('torch.')}")
+    def make(backend: Any) -> Case:
+        k, v = (randn(dtype, 2, 7, 2, 64) for _ in range(2))
+        scale = torch.full((2,), 0.02) if stored.itemsize == 1 else None
+        used, frequencies = torch.tensor([3, 11], dtype=torch.int32), torch.rand(32)
+
+        def run() -> list[Tensor]:
+            caches = [torch.zeros(2, 20, 2, 64).to(stored) for _ in range(2)]
+            backend.ops.append_kv(k, v, *caches, seqused_k=used, k_scale=scale, v_scale=scale, inv_freq=frequencies)
+            return [cache.view(torch.uint8) for cache in caches]
+
+        return run
+
+
+def add_pointwise(name: str, dtype: torch.dtype) -> None:
+    def inputs() -> list[Tensor]:
+        return [randn(dtype, 2, 9, 2, 136) for _ in range(2)]
+
+    @case(f"rms_norm {name}")
+    def rms_norm(backend: Any) -> Case:
+        return with_gradients(lambda x, r, w: backend.ops.rms_norm(x, w, residual=r), *inputs(), randn(dtype, 136))
+
+    @case(f"rotary {name}")
+    def rotary(backend: Any) -> Case:
+        frequencies = torch.rand(68)
+        return with_gradients(lambda x: backend.ops.rotary(x, inv_freq=frequencies), inputs()[0])
+
+    @case(f"swiglu {name}")
+    def swiglu(backend: Any) -> Case:
+        return with_gradients(backend.ops.swiglu, *inputs())
+
+    @case(f"retention_output {name}")
+    def retention_output(backend: Any) -> Case:
+        return with_gradients(backend.ops.retention_output, *inputs())
+
+
+for name, dtype in DTYPES.items():
+    add_pointwise(name, dtype)
+    for stored in (dtype, torch.float8_e4m3fn, torch.int8):
+        add_append(name, dtype, stored)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_schedules(backend: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = CASES[name](backend)
+    monkeypatch.setenv("PTXSIM_RACE", "1")
+    monkeypatch.setenv("PTXSIM_MODE", "eager")
+    want = run()
+    assert all(x.numel() and (not x.is_floating_point() or not x.isnan().any()) for x in want)
+    for schedule in SCHEDULES:
+        mode, _, number = schedule.partition(" ")
+        monkeypatch.setenv("PTXSIM_MODE", mode)
+        if number:
+            seed = str(secrets.randbits(31))
+            print(f"{schedule}: PTXSIM_SEED={seed}")
+            monkeypatch.setenv("PTXSIM_SEED", seed)
+        for i, (a, b) in enumerate(zip(want, run(), strict=True)):
+            if name.endswith(ADDED) and i == DQ:
+                # Sums of float32 in another order, then one rounding that may fall the other way.
+                torch.testing.assert_close(b, a, rtol=2 * torch.finfo(a.dtype).eps, atol=1e-5)
+            else:
+                assert bitwise_equal(a, b), f"result {i} depends on the schedule ({schedule})"
