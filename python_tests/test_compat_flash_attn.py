@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import pytest
@@ -92,6 +93,71 @@ def test_kvcache_appends_rotates_and_attends(paged):
         torch.testing.assert_close(out[b].double(), expected, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("time", [2, 20])
+def test_kvcache_rows_by_index(time):
+    """cache_batch_idx: append to and read the named rows of a larger cache; the other rows stay as they are."""
+    q, k, v = inputs(2, time, time, 4, 2, 16)
+    k_cache, v_cache = torch.randn(5, 32, 2, 16), torch.randn(5, 32, 2, 16)
+    rows, used = torch.tensor([3, 1]), torch.tensor([4, 0], dtype=torch.int32)
+    keys, values = k_cache.clone(), v_cache.clone()
+    for i, row in enumerate(rows):
+        keys[row, used[i] : used[i] + time], values[row, used[i] : used[i] + time] = k[i], v[i]
+    out = fa.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=used, cache_batch_idx=rows, causal=True, num_splits=2, pack_gqa=True
+    )
+    assert torch.equal(k_cache, keys) and torch.equal(v_cache, values)
+    for i, row in enumerate(rows):
+        end = used[i] + time
+        expected = plain(q[i : i + 1], keys[row : row + 1, :end], values[row : row + 1, :end], causal=True)[0]
+        torch.testing.assert_close(out[i].double(), expected, atol=5e-6, rtol=1e-5)
+
+
+def test_alibi_softcap_scale_and_lse():
+    q, k, v = inputs(1, 9, 14, 4, 2, 16)
+    slopes = torch.rand(4)
+    out, lse, probs = fa.flash_attn_func(
+        q, k, v, softmax_scale=0.3, softcap=3.0, alibi_slopes=slopes, return_attn_probs=True
+    )
+    logits = torch.einsum("bihd,bjhd->bhij", q.double(), k.double().repeat_interleave(2, 2)) * 0.3
+    distance = (torch.arange(9)[:, None] + 5 - torch.arange(14)).abs()
+    logits = 3 * torch.tanh(logits / 3) - slopes.double()[:, None, None] * distance
+    expected = torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), v.double().repeat_interleave(2, 2))
+    torch.testing.assert_close(out.double(), expected, atol=5e-6, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=5e-6, rtol=1e-5)
+    assert probs is None
+
+
+def test_packed_arguments():
+    q, k, v = inputs(2, 11, 11, 4, 4, 16)
+    expected = fa.flash_attn_func(q, k, v, causal=True)
+    assert torch.equal(fa.flash_attn_qkvpacked_func(torch.stack([q, k, v], 2), causal=True), expected)
+    assert torch.equal(fa.flash_attn_kvpacked_func(q, torch.stack([k, v], 2), causal=True), expected)
+    bounds = torch.tensor([0, 11, 22], dtype=torch.int32)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    packed = fa.flash_attn_varlen_qkvpacked_func(torch.stack([q, k, v], 1), bounds, 11, causal=True)
+    torch.testing.assert_close(packed, expected.flatten(0, 1), atol=2e-6, rtol=1e-5)
+    packed = fa.flash_attn_varlen_kvpacked_func(q, torch.stack([k, v], 1), bounds, bounds, 11, 11, causal=True)
+    torch.testing.assert_close(packed, expected.flatten(0, 1), atol=2e-6, rtol=1e-5)
+
+
+def test_signatures_are_those_of_flash_attn_2():
+    """Positional order, as callers that pass no keywords rely on it."""
+    expected = {
+        fa.flash_attn_func: "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic "
+        "return_attn_probs",
+        fa.flash_attn_varlen_func: "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p softmax_scale "
+        "causal window_size softcap alibi_slopes deterministic return_attn_probs block_table",
+        fa.flash_attn_with_kvcache: "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx "
+        "cache_leftpad block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits "
+        "return_softmax_lse",
+        fa.apply_rotary_emb: "x cos sin interleaved inplace seqlen_offsets cu_seqlens max_seqlen",
+    }
+    for function, names in expected.items():
+        parameters = inspect.signature(function).parameters.values()
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert positional == names.split(), function.__name__
+
+
 def test_padding_helpers_round_trip():
     x = torch.randn(3, 7, 5)
     mask = torch.arange(7)[None] < torch.tensor([4, 0, 7])[:, None]
@@ -116,8 +182,20 @@ def test_unsupported_arguments_raise():
     q, k, v = inputs(1, 4, 4, 2, 2, 16)
     with pytest.raises(NotImplementedError, match="dropout_p"):
         fa.flash_attn_func(q, k, v, dropout_p=0.1)
-    with pytest.raises(NotImplementedError, match="return_attn_probs"):
-        fa.flash_attn_func(q, k, v, return_attn_probs=True)
+    for extra in ("qv", "q_descale", "k_descale", "v_descale", "attention_chunk"):
+        with pytest.raises(NotImplementedError, match=extra):
+            fa.flash_attn_func(q, k, v, **{extra: 4 if extra == "attention_chunk" else torch.ones(1)})
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    for extra in ("block_table", "seqused_q"):
+        with pytest.raises(NotImplementedError, match=extra):
+            fa.flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, 4, 4, **{extra: bounds})
+    with pytest.raises(NotImplementedError, match="16 query tokens"):
+        pages = torch.zeros(4, 16, 2, 16)
+        fa.flash_attn_with_kvcache(
+            torch.zeros(1, 17, 2, 16), pages, pages, block_table=bounds[None, :1], cache_seqlens=16
+        )
+    with pytest.raises(ValueError, match="cos"):
+        fa.apply_rotary_emb(q, torch.ones(6, 8), torch.ones(6, 8), seqlen_offsets=3)
     with pytest.raises(NotImplementedError, match="cache_leftpad"):
         fa.flash_attn_with_kvcache(q, k, v, cache_leftpad=torch.zeros(1, dtype=torch.int32))
 

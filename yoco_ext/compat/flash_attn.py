@@ -38,11 +38,13 @@ def _refuse(argument: str, got: Any, why: str) -> None:
     raise NotImplementedError(f"{argument}={got!r}: {why}")
 
 
-def _common(dropout_p: float, return_attn_probs: bool) -> None:
+def _common(dropout_p: float, **extras: Any) -> None:
+    """Refuses what is not supported; num_splits, pack_gqa and sm_margin, which only tune, are accepted and unused."""
     if dropout_p:
         _refuse("dropout_p", dropout_p, "attention dropout is not supported; use 0.0")
-    if return_attn_probs:
-        _refuse("return_attn_probs", True, "the probabilities are never materialised; return_lse gives the lse")
+    for name, value in extras.items():
+        if isinstance(value, Tensor) or value:
+            _refuse(name, "a tensor" if isinstance(value, Tensor) else value, "not supported")
 
 
 def _slopes(alibi_slopes: Tensor | None) -> Tensor | None:
@@ -64,10 +66,21 @@ def flash_attn_func(
     *,
     learnable_sink: Tensor | None = None,
     return_lse: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    attention_chunk: int = 0,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
 ) -> Any:
-    """q [B, Tq, Hq, D], k and v [B, Tk, Hkv, D] -> out [B, Tq, Hq, D] (, lse [B, Hq, Tq] with return_lse)."""
-    _common(dropout_p, return_attn_probs)
-    return yoco_ext.attention(
+    """q [B, Tq, Hq, D], k and v [B, Tk, Hkv, D] -> out [B, Tq, Hq, D]; with return_lse (out, lse [B, Hq, Tq]); with
+    return_attn_probs (out, lse, None), as flash_attn without dropout."""
+    _common(
+        dropout_p, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk
+    )
+    found = yoco_ext.attention(
         q,
         k,
         v,
@@ -78,8 +91,9 @@ def flash_attn_func(
         sinks=None if learnable_sink is None else learnable_sink.float(),
         alibi_slopes=_slopes(alibi_slopes),
         deterministic=deterministic,
-        return_lse=return_lse,
+        return_lse=return_lse or return_attn_probs,
     )
+    return (*found, None) if return_attn_probs else found
 
 
 def _window(window_size: tuple[int | None, int | None]) -> tuple[int, int]:
@@ -95,6 +109,18 @@ def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """q [B, Tq, Hq, D], kv [B, Tk, 2, Hkv, D]; the rest as flash_attn_func."""
     return flash_attn_func(q, *kv.unbind(2), *args, **kwargs)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
+) -> Any:
+    """qkv [tokens, 3, H, D]; the rest as flash_attn_varlen_func."""
+    return flash_attn_varlen_func(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+
+
+def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """q [tokens_q, Hq, D], kv [tokens_k, 2, Hkv, D]; the rest as flash_attn_varlen_func."""
+    return flash_attn_varlen_func(q, *kv.unbind(1), *args, **kwargs)
 
 
 def flash_attn_varlen_func(
@@ -115,13 +141,33 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
     *,
+    seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
     s_aux: Tensor | None = None,
     return_lse: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    attention_chunk: int = 0,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
 ) -> Any:
-    """Packed sequences: q [tokens_q, Hq, D], k and v [tokens_k, Hkv, D] -> out [tokens_q, Hq, D]
-    (, lse [Hq, tokens_q] with return_lse). A paged cache (block_table) is read by flash_attn_with_kvcache."""
-    _common(dropout_p, return_attn_probs)
+    """Packed sequences: q [tokens_q, Hq, D], k and v [tokens_k, Hkv, D] -> out [tokens_q, Hq, D]; with return_lse
+    (out, lse [Hq, tokens_q]); with return_attn_probs (out, lse, None). s_aux and learnable_sink are two names of one
+    argument. A paged cache (block_table) is read by flash_attn_with_kvcache."""
+    _common(
+        dropout_p,
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        attention_chunk=attention_chunk,
+        seqused_q=seqused_q,
+    )
+    sinks = s_aux if learnable_sink is None else learnable_sink
     if block_table is not None:
         _refuse(
             "block_table", "a tensor", "flash_attn_varlen_func reads contiguous K and V; see flash_attn_with_kvcache"
@@ -134,7 +180,7 @@ def flash_attn_varlen_func(
         causal=causal,
         window=_window(window_size),
         softcap=softcap,
-        sinks=None if s_aux is None else s_aux.float(),
+        sinks=None if sinks is None else sinks.float(),
         alibi_slopes=_slopes(alibi_slopes),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -142,8 +188,10 @@ def flash_attn_varlen_func(
         max_seqlen_k=max_seqlen_k,
         seqused_k=seqused_k,
         deterministic=deterministic,
-        return_lse=return_lse,
+        return_lse=return_lse or return_attn_probs,
     )
+    if return_attn_probs:
+        return found[0][0], found[1][0], None
     return (found[0][0], found[1][0]) if return_lse else found[0]
 
 
@@ -171,22 +219,33 @@ def flash_attn_with_kvcache(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     s_aux: Tensor | None = None,
+    page_table: Tensor | None = None,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    attention_chunk: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
 ) -> Any:
     """Appends k and v (rotated, when tables are given) to the cache in place, then attends to it.
 
     q [B, Tq, Hq, D]; caches [B, S, Hkv, D], or [pages, page_size, Hkv, D] with block_table int32 [B, max_pages];
-    cache_seqlens: tokens in the cache before this call, int or int32 [B]. More than 16 query tokens go through the
-    prefill kernel, which wants a contiguous unquantised cache.
+    cache_seqlens: tokens in the cache before this call, int or int32 [B]; cache_batch_idx [B]: the cache's row of each
+    sequence; page_table is another name of block_table; k_descale, v_descale [Hkv] of a quantised cache. More than 16
+    query tokens go through the prefill kernel, which wants a contiguous unquantised cache.
     """
+    _common(0.0, qv=qv, q_descale=q_descale, attention_chunk=attention_chunk)
+    block_table = page_table if block_table is None else block_table
     if cache_leftpad is not None:
         _refuse("cache_leftpad", "a tensor", "caches start at slot 0; shift them, or use a block_table")
     batch, time = q.shape[:2]
-    if cache_batch_idx is not None:
-        if k is not None:
-            _refuse("cache_batch_idx", "a tensor", "together with k and v: append to the rows' own views first")
-        k_cache, v_cache = k_cache[cache_batch_idx.long()], v_cache[cache_batch_idx.long()]
     if cache_seqlens is None:
+        if block_table is not None and k is None:
+            _refuse("cache_seqlens", None, "a paged cache needs the lengths of its sequences")
         cache_seqlens = k_cache.shape[1] if k is None else 0
+    if cache_batch_idx is not None:
+        if block_table is not None:
+            _refuse("cache_batch_idx", "a tensor", "with a block_table, which says where each sequence lies")
+        block_table = cache_batch_idx.to(torch.int32)[:, None].contiguous()  # every row of the cache is one page
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     used = cache_seqlens.to(torch.int32).contiguous()
@@ -226,6 +285,9 @@ def flash_attn_with_kvcache(
             num_splits=num_splits,
             **shared,
         )
+    if cache_batch_idx is not None:
+        block_table, rows = None, cache_batch_idx.long()
+        k_cache, v_cache = k_cache[rows], v_cache[rows]
     if block_table is not None or k_cache.dtype != q.dtype:
         _refuse("q", f"{time} tokens", "a paged or quantised cache is read by at most 16 query tokens at a time")
     return yoco_ext.attention(q, k_cache, v_cache, **shared)
@@ -272,6 +334,10 @@ def apply_rotary_emb(
 ) -> Tensor:
     """x [B, T, H, D] (packed: [tokens, H, D] with cu_seqlens); cos and sin [positions, rotary_dim / 2]."""
     packed = cu_seqlens is not None
+    if not packed and not isinstance(seqlen_offsets, Tensor) and seqlen_offsets + x.shape[1] > cos.shape[0]:
+        raise ValueError(
+            f"cos: got {cos.shape[0]} positions; allowed: at least {seqlen_offsets + x.shape[1]}, what x reaches"
+        )
     offsets = seqlen_offsets.to(torch.int32) if isinstance(seqlen_offsets, Tensor) else int(seqlen_offsets)
     y = yoco_ext.rotary(
         x[None] if packed else x,
@@ -297,11 +363,18 @@ def _build_modules() -> dict[str, types.ModuleType]:
             parent, child = name.rsplit(".", 1)
             setattr(modules[parent], child, module)
     functions = {
-        "flash_attn": (flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func, flash_attn_varlen_func),
+        "flash_attn": (
+            flash_attn_func,
+            flash_attn_qkvpacked_func,
+            flash_attn_kvpacked_func,
+            flash_attn_varlen_func,
+            flash_attn_varlen_qkvpacked_func,
+            flash_attn_varlen_kvpacked_func,
+            flash_attn_with_kvcache,
+        ),
         "flash_attn.bert_padding": (index_first_axis, index_put_first_axis, unpad_input, pad_input),
         "flash_attn.layers.rotary": (apply_rotary_emb,),
     }
-    functions["flash_attn"] += (flash_attn_with_kvcache,)
     functions["flash_attn.flash_attn_interface"] = functions["flash_attn"]
     for name, members in functions.items():
         for member in members:
