@@ -15,6 +15,7 @@ from .config import YOCOConfig
 from .model import YOCOForCausalLM
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HF_MODEL_TYPE = "yoco_ext"
 
 # Official name -> fla's name; the layers' numbers run on in fla.
 _TO_FLA = [
@@ -59,15 +60,24 @@ def _fla_name(name: str) -> str:
 
 def load_state_dict(model: YOCOForCausalLM, state_dict: Mapping[str, Tensor]) -> None:
     """Loads weights under the official names (with or without a prefix) or fla's."""
-    if any("model.embeddings." in name for name in state_dict):
-        state_dict = from_fla(state_dict, model.config)
-    else:
-        anchor = "embed_tokens.weight"
-        prefix = next((name[: -len(anchor)] for name in state_dict if name.endswith(anchor)), "")
-        state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    state_dict = official_names(state_dict, model.config)
     if model.config.tie_embeddings:
         state_dict = {"output_projection.weight": state_dict.get("embed_tokens.weight")} | dict(state_dict)
-    expected = model.state_dict()
+    check_weights(state_dict, model.state_dict())
+    model.load_state_dict(state_dict)
+
+
+def official_names(state_dict: Mapping[str, Tensor], config: YOCOConfig) -> dict[str, Tensor]:
+    """Weights under fla's names, or under the official names with or without a prefix, under the official names."""
+    if any("model.embeddings." in name for name in state_dict):
+        return from_fla(state_dict, config)
+    anchor = "embed_tokens.weight"
+    prefix = next((name[: -len(anchor)] for name in state_dict if name.endswith(anchor)), "")
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+
+
+def check_weights(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless names and shapes are the expected ones."""
     for kind, names in (("missing", set(expected) - set(state_dict)), ("unknown", set(state_dict) - set(expected))):
         if names:
             raise ValueError(f"{kind} in the checkpoint for this configuration: {_listing(names)}")
@@ -75,7 +85,6 @@ def load_state_dict(model: YOCOForCausalLM, state_dict: Mapping[str, Tensor]) ->
         if tensor.shape != state_dict[name].shape:
             shapes = f"{list(state_dict[name].shape)}, the configuration asks for {list(tensor.shape)}"
             raise ValueError(f"{name} has shape {shapes}")
-    model.load_state_dict(state_dict)
 
 
 def _listing(names: set[str]) -> str:
@@ -107,13 +116,7 @@ def load_checkpoint(
     dtype: of the parameters; default: as stored.
     """
     folder = Path(path)
-    config = _read_config(folder)
-    weights = _weights_file(folder)
-    if weights.suffix == ".safetensors":
-        state_dict = load_file(weights)
-    else:
-        state_dict = torch.load(weights, map_location="cpu", weights_only=True)
-        state_dict = state_dict.get("model", state_dict)  # fairseq puts the weights one level down
+    config, state_dict = read_config(folder)[0], read_weights(folder)
     if dtype is None:
         dtype = next(
             t.dtype for name, t in state_dict.items() if name.endswith(("embed_tokens.weight", "embeddings.weight"))
@@ -127,16 +130,34 @@ def load_checkpoint(
     return model
 
 
-def _read_config(folder: Path) -> YOCOConfig:
+def read_config(folder: Path) -> tuple[YOCOConfig, str]:
+    """The configuration in a folder, and whose format it is in: "unilm", "fla", "hf" or "yoco"."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     for name in (CONFIG, "params.json"):
         if (folder / name).is_file():
             fields = json.loads((folder / name).read_text(encoding="utf-8"))
             if name == "params.json":
-                return YOCOConfig.from_official(fields)
-            return YOCOConfig.from_fla(fields) if fields.get("model_type") == "yoco" else YOCOConfig.from_dict(fields)
+                return YOCOConfig.from_official(fields), "unilm"
+            if fields.get("model_type") == "yoco":
+                return YOCOConfig.from_fla(fields), "fla"
+            if fields.get("model_type") == HF_MODEL_TYPE:
+                return YOCOConfig.from_hf(fields), "hf"
+            return YOCOConfig.from_dict(fields), "yoco"
     raise ValueError(f"{folder} has no {CONFIG} (or params.json of the official code)")
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """model.safetensors or its shards, or else the only .safetensors, .pt, .pth or .bin file of a folder."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if not (folder / WEIGHTS).is_file() and index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
+    weights = _weights_file(folder)
+    if weights.suffix == ".safetensors":
+        return load_file(weights)
+    state_dict = torch.load(weights, map_location="cpu", weights_only=True)
+    return state_dict.get("model", state_dict)  # fairseq puts the weights one level down
 
 
 def _weights_file(folder: Path) -> Path:

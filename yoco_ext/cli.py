@@ -1,4 +1,4 @@
-"""The command line: yoco-ext info | demo | train | generate | bench."""
+"""The command line: yoco-ext info | demo | train | generate | convert | bench."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, _library
-from .config import SELF_DECODERS, YOCOConfig
+from .config import CHECKPOINT_FORMATS, SELF_DECODERS, YOCOConfig
 from .nn.basic import OPS
 
 _TRAINING_HELP = {
@@ -152,6 +152,18 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=0.95, help="only among the likeliest that hold this mass")
     generate.add_argument("--seed", type=int, help="for a repeatable continuation")
     _add_machine(generate)
+
+    convert = command(
+        "convert",
+        _convert,
+        "write a checkpoint in the files and names of another code base, weight for weight",
+        "yoco-ext convert run1 run1_unilm --from yoco --to unilm",
+    )
+    convert.add_argument("source", type=Path, help="folder of the checkpoint")
+    convert.add_argument("target", type=Path, help="folder to write, made if needed")
+    formats = "unilm: params.json and .pt; fla, hf: config.json and safetensors; yoco: this package's own"
+    convert.add_argument("--from", dest="source_format", choices=CHECKPOINT_FORMATS, help="default: what the files say")
+    convert.add_argument("--to", choices=CHECKPOINT_FORMATS, required=True, help=formats)
 
     # Listed for --help; main hands its options over unread.
     commands.add_parser("bench", help="time the ops beside their peers", add_help=False)
@@ -380,6 +392,14 @@ def _generate(options: argparse.Namespace) -> int:
         )
     sys.stdout.buffer.write(b"\n")
     sys.stdout.buffer.flush()
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .convert import convert_checkpoint
+
+    found = convert_checkpoint(options.source, options.target, to=options.to, source_format=options.source_format)
+    print(f"{options.source} ({found}) -> {options.target} ({options.to})")
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SELF_DECODERS = ("gated_retention", "sliding_window")
+CHECKPOINT_FORMATS = ("unilm", "fla", "hf", "yoco")  # convert.py says what they are
 
 # "official": the frequencies of the YOCO code (theta^-linspace(0, 1), end point included), interleaved pairs.
 # "standard": theta^-(2i/D), pairs (i, i + D/2), as in most code bases; "standard_interleaved": pairs (2i, 2i + 1).
@@ -211,3 +212,81 @@ class YOCOConfig:
             norm_eps=params.get("norm_eps", 1e-6),
             tie_embeddings=params.get("tie_word_embeddings", False),
         )
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> YOCOConfig:
+        """From the `config.json` of this package's transformers model: the fields of this class among transformers'
+        own."""
+        names = {"tie_word_embeddings": "tie_embeddings"}
+        known = {field.name for field in dataclasses.fields(cls)}
+        found = {names.get(name, name): value for name, value in fields.items()}
+        return cls(**{name: value for name, value in found.items() if name in known})
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` of this package's transformers model."""
+        fields = self.to_dict()
+        fields["tie_word_embeddings"] = fields.pop("tie_embeddings")
+        return {"architectures": ["YOCOForCausalLM"], "model_type": "yoco_ext", **fields}
+
+    def to_official(self) -> dict[str, Any]:
+        """The `params.json` (YOCOArgs) of the official code. Raises ValueError for a model it cannot express."""
+        params = {
+            "dim": self.hidden_size,
+            "n_layers": self.num_layers,
+            "hidden_dim": self.intermediate_size,
+            "n_self_heads": self.num_self_heads,
+            "n_attn_heads": self.num_heads,
+            "n_attn_kv_heads": self.num_kv_heads,
+            "vocab_size": self.vocab_size,
+            "rope_theta": self.rope_theta,
+            "norm_eps": self.norm_eps,
+            "sliding_window": self.window_size if self.self_decoder == "sliding_window" else None,
+        }
+        self._same_model(self.from_official(params), "the official code", {"tie_embeddings"})
+        return params
+
+    def to_fla(self) -> dict[str, Any]:
+        """The `config.json` of flash-linear-attention's YOCO model. Raises ValueError for a model it cannot express."""
+        swa = self.self_decoder == "sliding_window"
+        rope = {"official": "yoco"}  # everything else would be "fla", and must come back as it was
+        mixer: dict[str, Any] = {
+            "type": "swa" if swa else "gated_retention",
+            "num_heads": self.num_self_heads,
+            "rope_theta": self.rope_theta,
+        }
+        if swa:
+            mixer |= {"num_v_heads": self.num_self_kv_heads, "window_size": self.window_size}
+        else:
+            mixer |= {
+                "rope_inv_freq": rope.get(self.self_rope, "fla"),
+                "gate_logit_normalizer": self.gate_logit_normalizer,
+            }
+        fields = {
+            "architectures": ["YOCOForCausalLM"],
+            "model_type": "yoco",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_self_decoder_layers": self.num_self_layers,
+            "self_decoder_attn": mixer,
+            "cross_decoder_attn": {
+                "num_heads": self.num_heads,
+                "num_kv_heads": self.num_kv_heads,
+                "rope_theta": self.rope_theta,
+                "rope_inv_freq": rope.get(self.cross_rope, "fla"),
+            },
+            "norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tie_embeddings,
+        }
+        self._same_model(self.from_fla(fields), "fla", set())
+        return fields
+
+    def _same_model(self, other: YOCOConfig, name: str, but: set[str]) -> None:
+        """Fails where `other`, this configuration as another code base reads it, is not this one."""
+        unused = {"window_size"} if self.self_decoder == "gated_retention" else {"gate_logit_normalizer"}
+        mine, theirs = self.to_dict(), other.to_dict()
+        lost = [key for key in mine if key not in but | unused and mine[key] != theirs[key]]
+        if lost:
+            values = ", ".join(f"{key}={mine[key]!r} (it has {theirs[key]!r})" for key in lost)
+            raise ValueError(f"{name} has no {values}")
