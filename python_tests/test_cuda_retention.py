@@ -139,6 +139,19 @@ def test_rows_that_are_not_16_byte_aligned(backend: Any, dtype: torch.dtype) -> 
     check(backend, views, length=70)
 
 
+@pytest.mark.backends("emulated", "cuda")
+@pytest.mark.parametrize("schedule", ["eager", "lazy"])
+def test_a_block_of_128_columns(backend: Any, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block covers D = 128 where there are more heads and sequences than half the SMs: here most of them are empty.
+    A tail, and sequences that end before their tile does."""
+    if backend.emulated:
+        monkeypatch.setenv("PTXSIM_MODE", schedule)
+        monkeypatch.setenv("PTXSIM_RACE", "1")
+    lengths = [70, *[0] * 65, 130, 2]
+    tensors = make(1, 205, 1, 128, 128, torch.bfloat16, device=backend.device, sequences=len(lengths))
+    check(backend, tensors, length=130, cu_seqlens=lengths_to_cu_seqlens(lengths, backend.device))
+
+
 @pytest.mark.backends("emulated")
 @pytest.mark.parametrize(
     ("dim_k", "dim_v"), [(64, 64), (128, 64), (128, 128), (256, 72)], ids=["64", "128-64", "128", "256"]

@@ -5,6 +5,9 @@
 #include "cuda/core/vector.cuh"
 #include "cuda/kernels.h"
 #include "cuda/retention/run.h"
+#if YOCO_HAS_SM90
+#include "cuda/retention/sm90/run.h"
+#endif
 
 namespace yoco::cuda {
 namespace {
@@ -166,7 +169,14 @@ const char* launch_instance(const RetentionGrid& grid, const Plan& plan, const L
 template <bool kBackward>
 const char* launch_runs(RetentionGrid& grid, const Plan& plan, DType dtype, char* segments, const Launch& launch) {
   if (plan.simple) return launch_retention_simple(grid, launch);
+  bool hopper = false;
+#if YOCO_HAS_SM90
+  hopper = !kBackward && compute_capability(launch.device) == 90 && retention_fits_sm90(grid, plan.instance);
+#endif
   const auto pass = [&]() {
+#if YOCO_HAS_SM90
+    if (hopper) return launch_retention_sm90(grid, plan.instance, dtype, launch);
+#endif
     return dtype == DType::kBFloat16 ? launch_instance<__nv_bfloat16, kBackward>(grid, plan, launch)
                                      : launch_instance<__half, kBackward>(grid, plan, launch);
   };

@@ -139,15 +139,16 @@ struct alignas(16) ChunkGates {
 // 2^(b_i - b_j)
 YOCO_DEVICE float decay_between(float2 i, float2 j) { return exp2_approx((i.x - j.x) + (i.y - j.y)); }
 
-// Rows 2 * lane and 2 * lane + 1 of a chunk, in base 2; 0 where there is no row.
+// Rows 2 * lane and 2 * lane + 1 of a chunk, in base 2; 0 where there is no row. flip 63: the chunk's rows lie in the
+// order of tokens while the run visits them backwards, so visit r is of row r ^ 63.
 template <typename T>
-YOCO_DEVICE float2 load_gates(const void* gates, int64_t first, int64_t stride, int rows, bool is_float) {
-  const int row = threadIdx.x % 32 * 2;
+YOCO_DEVICE float2 load_gates(const void* gates, int64_t first, int64_t stride, int rows, bool is_float, int flip = 0) {
   float g[2] = {0.f, 0.f};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (row + i >= rows) continue;
-    const int64_t at = first + (row + i) * stride;
+    const int row = (threadIdx.x % 32 * 2 + i) ^ flip;
+    if (row >= rows) continue;
+    const int64_t at = first + row * stride;
     g[i] = is_float ? static_cast<const float*>(gates)[at] : to_float(static_cast<const T*>(gates)[at]);
     g[i] *= 1.4426950408889634f;
     g[i] = g[i] < -1000.f ? -1000.f : g[i];  // 2^-1000 is 0 too; keeps -inf - -inf out, NaN stays NaN
@@ -156,7 +157,8 @@ YOCO_DEVICE float2 load_gates(const void* gates, int64_t first, int64_t stride, 
 }
 
 // One warp. kInclusive sums for a run forward in time; backwards a token's own gate acts on the tokens before it.
-YOCO_DEVICE void scan_gates(ChunkGates& to, float2 g, bool inclusive, float row_scale, float update_scale) {
+YOCO_DEVICE void scan_gates(ChunkGates& to, float2 g, bool inclusive, float row_scale, float update_scale,
+                            int flip = 0) {
   const int lane = threadIdx.x % 32;
   double sum = double(g.x) + double(g.y);
 #pragma unroll
@@ -172,9 +174,10 @@ YOCO_DEVICE void scan_gates(ChunkGates& to, float2 g, bool inclusive, float row_
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float hi = rintf(static_cast<float>(b[i] * 256.0)) * (1.f / 256.f);
-    to.sum[2 * lane + i] = make_float2(hi, static_cast<float>(b[i] - double(hi)));
-    to.row[2 * lane + i] = row_scale * exp2_approx(static_cast<float>(b[i]));
-    to.update[2 * lane + i] = update_scale * exp2_approx(static_cast<float>(total - b[i]));
+    const int row = (2 * lane + i) ^ flip;
+    to.sum[row] = make_float2(hi, static_cast<float>(b[i] - double(hi)));
+    to.row[row] = row_scale * exp2_approx(static_cast<float>(b[i]));
+    to.update[row] = update_scale * exp2_approx(static_cast<float>(total - b[i]));
   }
   if (lane == 0) to.total = exp2_approx(static_cast<float>(total));
 }

@@ -1,0 +1,82 @@
+// What the warps of a Hopper run share: sizes, shared memory, the block's work, and the instructions only this kernel
+// uses.
+#pragma once
+
+#include "cuda/core/sm90.cuh"
+#include "cuda/retention/item.cuh"
+#include "cuda/retention/sm90/run.h"
+#include "cuda/retention/tile.cuh"
+
+namespace yoco::cuda::sm90 {
+
+template <int kDimK, int kBlockV, bool kBackward>
+struct RunShape {
+  static constexpr int kGroups = kBlockV / 64;  // warpgroups that hold the state, 64 columns of v each
+  static constexpr int kThreads = (2 + kGroups) * kWarpgroup;
+  // dim_k = 64 leaves room for two blocks on an SM; the others fill it with stages.
+  static constexpr int kBlocksPerSM = kDimK == 64 && !kBackward ? 2 : 1;
+  static constexpr int kStages = kDimK == 128 && kBlockV == 64 ? 4 : 3;
+  static constexpr int kScoreStages = 2;
+  // Registers per thread of the producer, the scores and the state warpgroups: multiples of 8 whose sum over the
+  // warpgroups is what the block starts with.
+  static constexpr int kLoadRegisters = 40;
+  static constexpr int kScoreRegisters = kGroups == 2 ? 88 : kBlocksPerSM == 2 ? 72 : 136;
+  static constexpr int kStateRegisters = kGroups == 2 ? 192 : kBlocksPerSM == 2 ? 128 : 240;
+
+  // A stage: Q, K, V and the gates of a chunk.
+  static constexpr int kTileK = kDimK / 64 * kPanelBytes, kTileV = kBlockV / 64 * kPanelBytes;
+  static constexpr int kK = kTileK, kV = 2 * kTileK, kStageBytes = 2 * kTileK + kTileV;
+  static constexpr int kScores = kStages * kStageBytes;
+  static constexpr int kOut = kScores + kScoreStages * kPanelBytes;
+  static constexpr int kGates = kOut + kGroups * kPanelBytes;
+  static constexpr int kBarriers = kGates + kStages * static_cast<int>(sizeof(ChunkGates));
+  static constexpr int kFull = kBarriers, kEmpty = kFull + 8 * kStages;
+  static constexpr int kScoresFull = kEmpty + 8 * kStages, kScoresEmpty = kScoresFull + 8 * kScoreStages;
+  static constexpr int kBytes = kScoresEmpty + 8 * kScoreStages + 1024;  // + alignment
+};
+
+// Which tokens a block visits, and where its shared memory lies. Tokens of a batch row fit 31 bits here (run.h), which
+// keeps the registers of the producer few.
+struct RunBlock {
+  int n, head, segment, block_v, column, columns;  // RunItem's
+  int batch, first_token, length;                  // of the sequence
+  int num_chunks, segments;
+  int begin, end;  // chunks of this segment, in the order of the run
+  bool reverse, outputs;
+  uint32_t shared;
+
+  // A chunk's tokens: [end - count, end) of the batch row.
+  struct Chunk {
+    int count, end;
+  };
+  YOCO_DEVICE int chunk_index(int i) const { return reverse ? num_chunks - 1 - i : i; }
+  YOCO_DEVICE Chunk chunk(int i) const {
+    const int first = chunk_index(i) * kChunk, count = min(kChunk, length - first);
+    return {count, first_token + first + count};
+  }
+};
+
+YOCO_DEVICE void tma_load_panel(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int column,
+                                const RunBlock& b, const RunBlock::Chunk& c) {
+  tma_load(shared, map, barrier, column, kChunk - c.count, c.end, b.head, b.batch);
+}
+YOCO_DEVICE void tma_store_panel(const CUtensorMap& map, uint32_t shared, int column, const RunBlock& b,
+                                 const RunBlock::Chunk& c) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];\n" ::"l"(&map),
+               "r"(shared), "r"(column), "r"(kChunk - c.count), "r"(c.end), "r"(b.head), "r"(b.batch)
+               : "memory");
+}
+
+// Four 8 x 8 matrices to shared memory: the inverse of ldmatrix, and of its transposed form.
+YOCO_DEVICE void stmatrix(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
+               : "memory");
+}
+YOCO_DEVICE void stmatrix_trans(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r0),
+               "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+
+}  // namespace yoco::cuda::sm90

@@ -1,0 +1,68 @@
+// Host side of the Hopper runs: tensor maps, choice of the instance.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/retention/sm90/run.h"
+
+namespace yoco::cuda {
+namespace {
+
+// Dimensions: columns, row of the chunk, end of the chunk, head, batch (see RetentionMaps).
+const char* chunk_map(CUtensorMap& map, DType dtype, const RetentionGrid& p, const View& v, int dim) {
+  constexpr int64_t kSize = 2;
+  const int64_t stride = p.time > 1 ? v.time_stride : 8;  // of a single token: anything
+  const char* const origin = static_cast<const char*>(v.data) - kChunk * stride * kSize;
+  const MapDim dims[] = {{dim, 1, 64},
+                         {kChunk, stride, kChunk},
+                         {p.time + 1, stride, 1},
+                         {p.heads, v.head_stride, 1},
+                         {p.batch, v.batch_stride, 1}};
+  return make_tensor_map(map, map_type(dtype), kSize, origin, dims);
+}
+
+template <typename T>
+const char* launch_instance(const RetentionGrid& p, const RetentionMaps& maps, const RetentionInstance& instance,
+                            const Launch& launch) {
+  if (instance.dim_k == 64) return launch_retention_sm90<T, 64, 64, false>(p, maps, launch);
+  return instance.block_v == 64 ? launch_retention_sm90<T, 128, 64, false>(p, maps, launch)
+                                : launch_retention_sm90<T, 128, 128, false>(p, maps, launch);
+}
+
+}  // namespace
+
+bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instance) {
+  if (instance.dim_k > 128 || p.time >= INT32_MAX - kChunk || tensor_map_encoder() == nullptr) return false;
+  for (int r = 0; r < p.num_runs; ++r) {
+    const RetentionRun& run = p.runs[r];
+    for (const View* v : {&run.q, &run.k, &run.v, &run.o, &run.x}) {
+      if (v->data != nullptr && !tma_readable(*v, p.batch, p.time, p.heads, 2)) return false;
+    }
+  }
+  return true;
+}
+
+const char* launch_retention_sm90(const RetentionGrid& p, const RetentionInstance& instance, DType dtype,
+                                  const Launch& launch) {
+  RetentionMaps maps{};
+  for (int r = 0; r < p.num_runs; ++r) {
+    const RetentionRun& run = p.runs[r];
+    RetentionMaps::Run& to = maps.runs[r];
+    const struct {
+      CUtensorMap& map;
+      const View& view;
+      int dim;
+    } tensors[] = {{to.q, run.q, run.dim_k},
+                   {to.k, run.k, run.dim_k},
+                   {to.v, run.v, run.dim_v},
+                   {to.o, run.o, run.dim_v},
+                   {to.x, run.x, run.dim_v}};
+    for (const auto& t : tensors) {
+      if (t.view.data == nullptr) continue;
+      if (const char* message = chunk_map(t.map, dtype, p, t.view, t.dim)) return message;
+    }
+  }
+  return dtype == DType::kBFloat16 ? launch_instance<__nv_bfloat16>(p, maps, instance, launch)
+                                   : launch_instance<__half>(p, maps, instance, launch);
+}
+
+}  // namespace yoco::cuda
