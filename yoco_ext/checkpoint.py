@@ -142,7 +142,7 @@ def read_config(folder: Path) -> tuple[YOCOConfig, str]:
             if fields.get("model_type") == "yoco":
                 return YOCOConfig.from_fla(fields), "fla"
             if fields.get("model_type") == HF_MODEL_TYPE:
-                return YOCOConfig.from_hf(fields), "hf"
+                return YOCOConfig.from_transformers(fields), "hf"
             return YOCOConfig.from_dict(fields), "yoco"
     raise ValueError(f"{folder} has no {CONFIG} (or params.json of the official code)")
 

@@ -214,7 +214,7 @@ class YOCOConfig:
         )
 
     @classmethod
-    def from_hf(cls, fields: Mapping[str, Any]) -> YOCOConfig:
+    def from_transformers(cls, fields: Mapping[str, Any]) -> YOCOConfig:
         """From the `config.json` of this package's transformers model: the fields of this class among transformers'
         own."""
         names = {"tie_word_embeddings": "tie_embeddings"}
@@ -222,11 +222,11 @@ class YOCOConfig:
         found = {names.get(name, name): value for name, value in fields.items()}
         return cls(**{name: value for name, value in found.items() if name in known})
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_transformers(self) -> dict[str, Any]:
         """The `config.json` of this package's transformers model."""
         fields = self.to_dict()
         fields["tie_word_embeddings"] = fields.pop("tie_embeddings")
-        return {"architectures": ["YOCOForCausalLM"], "model_type": "yoco_ext", **fields}
+        return {"architectures": ["YOCOExtForCausalLM"], "model_type": "yoco_ext", **fields}
 
     def to_official(self) -> dict[str, Any]:
         """The `params.json` (YOCOArgs) of the official code. Raises ValueError for a model it cannot express."""
