@@ -47,7 +47,8 @@ def convert_checkpoint(source: str | Path, target: str | Path, *, to: str, sourc
     for name in {*files, CONFIG, WEIGHTS}:
         if (target / name).exists():
             raise ValueError(f"{target / name} is there already: name another folder")
-    fields = {"unilm": config.to_official, "fla": config.to_fla, "hf": config.to_transformers, "yoco": config.to_dict}[to]()
+    writers = {"unilm": config.to_official, "fla": config.to_fla, "hf": config.to_transformers, "yoco": config.to_dict}
+    fields = writers[to]()
 
     with torch.device("meta"):
         expected = YOCOForCausalLM(config, "reference").state_dict()
