@@ -1,49 +1,88 @@
 #!/usr/bin/env bash
 # What a machine with an NVIDIA GPU tells: gpu.sh OUTPUT_FOLDER [build|test|sanitize|bench|all]
-# Uses the python3 on the PATH (torch with CUDA, pytest, ninja, cmake, nvcc); no network. Libraries are built only where
-# they are missing: a build from elsewhere is taken from YOCO_EXT_LIBRARY (with libyoco_ext_cuda.so beside it) or build/gpu.
+# Uses the python3 on the PATH (torch with CUDA, pytest, ninja, cmake) and, to build, nvcc; no network. Libraries are built
+# only where they are missing: a build from elsewhere is taken from YOCO_EXT_LIBRARY (libyoco_ext_cuda.so beside it) or
+# build/gpu. Logs and bench.json go to the folder; a short table comes last. The limits of the stages add up to ten
+# minutes when nothing has to be built; a benchmark that runs out of time leaves the figures it has.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-output=${1:?usage: gpu.sh OUTPUT_FOLDER [stage]}
+stages="build test sanitize bench"
+output=${1:?usage: gpu.sh OUTPUT_FOLDER [build|test|sanitize|bench|all]}
 stage=${2:-all}
+[ "$stage" = all ] && chosen=$stages || chosen=$stage
+case " $stages all " in
+  *" $stage "*) ;;
+  *) echo "gpu.sh: unknown stage '$stage'; there are: $stages all" >&2 && exit 2 ;;
+esac
 mkdir -p "$output"
 output=$(realpath "$output")
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} YOCO_TEST_REQUIRE_CUDA=1
 export YOCO_EXT_LIBRARY=${YOCO_EXT_LIBRARY:-$PWD/build/gpu/libyoco_ext_ops.so}
+cuda_library=$(dirname "$YOCO_EXT_LIBRARY")/libyoco_ext_cuda.so
 summary=()
 failed=0
 
+needs() { # needs COMMAND STAGE WHAT
+  command -v "$1" >/dev/null || { echo "gpu.sh: stage $2 needs $3 ('$1' is not on the PATH)" >&2 && exit 2; }
+}
+built() { [ -e "$YOCO_EXT_LIBRARY" ] && [ -e "$cuda_library" ]; }
+needs python3 "$stage" "Python with PyTorch"
+for s in $chosen; do
+  case $s in
+    build) built || needs nvcc build "the CUDA compiler, or libraries built elsewhere (YOCO_EXT_LIBRARY)" ;;
+    sanitize) needs compute-sanitizer sanitize "compute-sanitizer of the CUDA toolkit" ;;
+  esac
+  if [ "$s" != build ] && ! python3 -c "import torch; assert torch.cuda.is_available()" >/dev/null 2>&1; then
+    echo "gpu.sh: stage $s needs an NVIDIA GPU that PyTorch sees; torch.cuda.is_available() is False here" >&2
+    exit 2
+  fi
+  if [ "$s" != build ] && [[ " $chosen " != *" build "* ]] && ! built; then
+    echo "gpu.sh: $YOCO_EXT_LIBRARY or $cuda_library is missing; run stage build first or set YOCO_EXT_LIBRARY" >&2
+    exit 2
+  fi
+done
+
 # run NAME SECONDS COMMAND...: logs, times, remembers
 run() {
-  local name=$1 limit=$2 begin=$SECONDS status
+  local name=$1 limit=$2 begin=$SECONDS status said
   shift 2
-  if [ "$1" = build_in_shell ]; then build_in_shell; else timeout "$limit" "$@"; fi >"$output/$name.log" 2>&1
+  timeout --signal=INT --kill-after=20 "$limit" "$@" >"$output/$name.log" 2>&1
   status=$?
   [ $status -eq 0 ] || failed=1
-  summary+=("$(printf '%-12s %-7s %4d s  %s' "$name" "$([ $status -eq 0 ] && echo ok || echo "exit $status")" \
-    $((SECONDS - begin)) "$(grep -v '^ *$' "$output/$name.log" | tail -1 | cut -c1-110)")")
+  said=$([ $status -eq 0 ] && echo ok || { [ $status -ge 124 ] && echo "over ${limit}s" || echo "exit $status"; })
+  summary+=("$(printf '%-10s %-10s %4d s  %s' "$name" "$said" $((SECONDS - begin)) \
+    "$(grep -v '^ *$' "$output/$name.log" | tail -1 | cut -c1-110)")")
 }
 
-build_in_shell() {
-  [ -e "$YOCO_EXT_LIBRARY" ] && [ -e "$(dirname "$YOCO_EXT_LIBRARY")/libyoco_ext_cuda.so" ] && return 0
-  cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$(command -v python3)" -DYOCO_EXT_CUDA=ON \
-    -DYOCO_CUDA_ARCHS="${YOCO_CUDA_ARCHS:-80;90a}" ${CUTLASS_DIR:+-DCUTLASS_DIR=$CUTLASS_DIR} &&
-    cmake --build build/gpu --parallel "${MAX_JOBS:-$(nproc)}"
-}
-
-if [ "$stage" = build ] || [ "$stage" = all ]; then run build 540 build_in_shell; fi
-if [ "$stage" = test ] || [ "$stage" = all ]; then
-  run test 300 python3 -m pytest -q -x --maxfail=20 -p no:cacheprovider -k "cuda" python_tests
-fi
-if [ "$stage" = sanitize ] || [ "$stage" = all ]; then
-  for tool in memcheck racecheck; do
-    run $tool 120 compute-sanitizer --tool $tool --error-exitcode 9 --kernel-regex kns=yoco \
-      python3 -m pytest -q -p no:cacheprovider -k cuda python_tests/test_swiglu.py python_tests/test_gated_retention_step.py
-  done
-fi
-if [ "$stage" = bench ] || [ "$stage" = all ]; then
-  run bench 420 python3 -m yoco_ext bench --device cuda ${YOCO_BENCH_ARGS:---quick} --output "$output/bench.json"
-  grep -E 'x  \(|bandwidth|ceilings' "$output/bench.log"
-fi
+for s in $chosen; do
+  case $s in
+    build)
+      if built; then
+        summary+=("$(printf '%-10s %-10s %4d s  %s' build reused 0 "$YOCO_EXT_LIBRARY")")
+        continue
+      fi
+      run configure 60 cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$(command -v python3)" -DYOCO_EXT_CUDA=ON \
+        -DYOCO_CUDA_ARCHS="${YOCO_CUDA_ARCHS:-80;90a}" ${CUTLASS_DIR:+-DCUTLASS_DIR="$CUTLASS_DIR"}
+      run build 900 cmake --build build/gpu --parallel "${MAX_JOBS:-$(nproc)}"
+      built || break # nothing to test
+      ;;
+    test)
+      run test 200 python3 -m pytest -q --maxfail=20 -p no:cacheprovider -k cuda python_tests
+      ;;
+    sanitize)
+      for tool in memcheck racecheck; do
+        run $tool 70 compute-sanitizer --tool $tool --error-exitcode 9 --kernel-regex kns=yoco \
+          python3 -m pytest -q -p no:cacheprovider -k cuda python_tests/test_swiglu.py \
+          python_tests/test_gated_retention_step.py
+      done
+      ;;
+    bench)
+      # shellcheck disable=SC2086  # several arguments
+      run bench 240 python3 -m yoco_ext bench --device cuda ${YOCO_BENCH_ARGS:---quick --seconds 1} \
+        --output "$output/bench.json"
+      grep -E 'x  \(|bandwidth|ceilings' "$output/bench.log"
+      ;;
+  esac
+done
 printf '%s\n' "${summary[@]}"
 exit $failed

@@ -20,14 +20,17 @@ def _randn(*shape: int, dtype: torch.dtype, device: torch.device, grad: bool = F
     return torch.randn(*shape, device=device).to(dtype).requires_grad_(grad)
 
 
-def _backward(run, inputs: list[Tensor], d_out: Tensor):
-    """A call of the backward alone: the graph is made by the first call and kept, gradients are not accumulated."""
+def _backward(run, inputs: list[Tensor], d_out: list[Tensor]):
+    """A call of the backward alone: the graph is made by the first call and kept, gradients are not accumulated. d_out:
+    one for all implementations, made by the first of them."""
     outputs: list[Tensor] = []
 
     def backward():
         if not outputs:
             outputs.append(run(*inputs))
-        return torch.autograd.grad(outputs[0], inputs, d_out, retain_graph=True)
+            if not d_out:
+                d_out.append(torch.randn_like(outputs[0]))
+        return torch.autograd.grad(outputs, inputs, d_out, retain_graph=True)
 
     return backward
 
@@ -39,7 +42,9 @@ def visible_pairs(time_q: int, time_k: int, left: int = -1) -> float:
     return rising * first + rising * (rising - 1) / 2 + (time_q - rising) * (left + 1)
 
 
-def attention(device, dtype, time, heads, dim, *, batch=1, backward=False, time_k=None, heads_kv=None) -> Case:
+def attention(
+    device, dtype, time, heads, dim, *, batch=1, backward=False, time_k=None, heads_kv=None, flex=True
+) -> Case:
     time_k, heads_kv = time_k or time, heads_kv or heads
     q = _randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward)
     k, v = (_randn(batch, time_k, heads_kv, dim, dtype=dtype, device=device, grad=backward) for _ in range(2))
@@ -54,7 +59,8 @@ def attention(device, dtype, time, heads, dim, *, batch=1, backward=False, time_
     if device.type == "cuda" and dtype != torch.float32:
         if time in (1, time_k):
             runs["sdpa cudnn"] = lambda q, k, v: peers.sdpa_cudnn(q, k, v, causal=time > 1)
-        runs["flex compiled"] = peers.flex_window(time, time_k, -1, device)
+        if flex:
+            runs["flex compiled"] = peers.flex_window(time, time_k, -1, device)
         runs |= peers.gpu_attention_peers((-1, -1), square=time == time_k)
     pairs = visible_pairs(time, time_k) * batch * heads
     elements = q.numel() * 2 + k.numel() * 2
@@ -98,8 +104,7 @@ def _case(op, shape, dtype, flops, bytes_, runs, inputs, backward) -> Case:
     if not backward:
         calls = {name: (lambda run=run: run(*inputs)) for name, run in runs.items()}
         return Case(f"{op} forward", shape, dtype, flops, bytes_, calls)
-    with torch.no_grad():
-        d_out = torch.randn_like(next(iter(runs.values()))(*inputs))
+    d_out: list[Tensor] = []
     calls = {name: _backward(run, inputs, d_out) for name, run in runs.items()}
     return Case(f"{op} backward", shape, dtype, 2.5 * flops, 2 * bytes_, calls)
 
@@ -173,14 +178,17 @@ def cpu_suite(quick: bool) -> Iterator[Case]:
 
 
 def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> Iterator[Case]:  # noqa: B008
+    """quick: fewer lengths, and no peer that compiles for each of them (FlexAttention but for windows)."""
     dtype = torch.bfloat16
     tokens, hidden = 16384, 2048
     for dim in (64, 128, 256):
         for time in (1024, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384):
             for backward in (False, True):
-                yield attention(device, dtype, time, hidden // dim, dim, batch=tokens // time, backward=backward)
+                yield attention(
+                    device, dtype, time, hidden // dim, dim, batch=tokens // time, backward=backward, flex=not quick
+                )
     for left in (256, 1024) if quick else (256, 512, 1024, 4096):
-        for dim in (64, 128, 256):
+        for dim in (64, 128) if quick else (64, 128, 256):
             for time in (16384,) if quick else (4096, 16384):
                 for backward in (False, True):
                     if left < time:
@@ -189,7 +197,9 @@ def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> Iter
     for time in (1, 16, 1024):
         for time_k in (8192, 131072) if quick else (8192, 131072, 1048576):
             for backward in (False, True):
-                yield attention(device, dtype, time, 24, 128, time_k=time_k, heads_kv=8, backward=backward)
+                yield attention(
+                    device, dtype, time, 24, 128, time_k=time_k, heads_kv=8, backward=backward, flex=not quick
+                )
     shapes = [
         (1, 8192, 96, 128),
         (2, 16384, 16, 128),

@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
             rate = case.bytes / result.milliseconds[OURS] / 1e6
             line += f"  {rate:.1f} GB/s = {100 * rate / ceilings['read_gbytes']:.0f} % of the read bandwidth"
         print(line, flush=True)
+        if options.output:  # after every case: a run that is stopped keeps its figures
+            save(options.output, about, ceilings, results)
+        del case  # and its tensors, before the next one is made
     if options.output:
-        save(options.output, about, ceilings, results)
         print(f"figures: {options.output}")
     return 0

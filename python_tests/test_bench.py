@@ -75,6 +75,7 @@ def test_a_run_writes_what_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "measure_ceilings", lambda device, timer: {"read_gbytes": 10.0})
+    monkeypatch.setattr(cases, "cpu_suite", lambda quick: cases.launch(torch.device("cpu"), torch.bfloat16))
     path = tmp_path / "figures.json"
     only = ["--quick", "--only", "launch: retention step", "--seconds", "0.05"]
     assert bench.main([*only, "--output", str(path)]) == 0
