@@ -4,6 +4,7 @@
 #include "cuda/attention/align.h"
 #include "cuda/attention/plan.h"
 #include "cuda/attention/simt.h"
+#include "cuda/attention/sm90/plan.h"
 #include "cuda/kernels.h"
 
 namespace yoco::cuda {
@@ -78,6 +79,26 @@ __global__ void __launch_bounds__(128)
 // ------------------------------------------------------------------------------------------------------------
 constexpr int kSimtRows = 16;  // rows per CTA of the float32 kernel: short, so that small inputs fill the GPU
 
+// What runs, and its tiles.
+struct Kernel {
+  bool hopper;  // attention/sm90/, else the sm_80 family (or float32)
+  int rows;     // per tile
+  int ctas_per_sm;
+};
+
+Kernel choose_kernel(const AttentionParams& p, const Launch& launch) {
+  if (p.dtype == DType::kFloat32) return {false, kSimtRows, 1};
+  const int64_t dim = std::max(p.dim_qk, p.dim_v);
+#ifdef YOCO_HAS_SM90
+  const int64_t group = p.heads_q / p.heads_kv;
+  const int rows = sm90::forward_rows(dim);
+  if (compute_capability(launch.device) == 90 && group <= rows && sm90::inputs_fit(p)) {
+    return {true, int(rows / group * group), 1};
+  }
+#endif
+  return {false, kForwardRows, dim > 128 ? 1 : 2};
+}
+
 bool is_causal(const AttentionParams& p) { return p.mask.window_right >= 0 && p.mask.prefix_len == nullptr; }
 
 int64_t row_tiles(const AttentionParams& p, int rows) {
@@ -86,10 +107,10 @@ int64_t row_tiles(const AttentionParams& p, int rows) {
 
 // Splitting over keys: only when the row tiles leave most of the GPU idle (few query tokens on a long cache). Depends
 // on the shape and the number of SMs alone, so equal calls give equal bits.
-int choose_splits(const AttentionParams& p, const Launch& launch) {
+int choose_splits(const AttentionParams& p, const Kernel& kernel, const Launch& launch) {
   if (p.dtype == DType::kFloat32) return 1;
-  const int64_t ctas = row_tiles(p, kForwardRows) * p.heads_kv * p.num_sequences;
-  const int64_t slots = int64_t(sm_count(launch.device)) * (std::max(p.dim_qk, p.dim_v) > 128 ? 1 : 2);
+  const int64_t ctas = row_tiles(p, kernel.rows) * p.heads_kv * p.num_sequences;
+  const int64_t slots = int64_t(sm_count(launch.device)) * kernel.ctas_per_sm;
   int64_t keys = p.max_seqlen_k;
   if (p.mask.prefix_len == nullptr && p.mask.window_left >= 0 && p.mask.window_right >= 0) {
     keys = std::min(keys, p.mask.window_left + p.mask.window_right + p.max_seqlen_q);
@@ -102,9 +123,11 @@ int choose_splits(const AttentionParams& p, const Launch& launch) {
 
 // Lays out the workspace and, with memory behind it, makes p's inputs aligned. base null: only counts.
 template <typename T>
-const char* prepare(AttentionParams& p, ForwardPlan& plan, WorkspaceCursor& workspace, const Launch& launch) {
-  plan.splits = choose_splits(p, launch);
+const char* prepare(AttentionParams& p, ForwardPlan& plan, const Kernel& kernel, int*& tile_counter,
+                    WorkspaceCursor& workspace, const Launch& launch) {
+  plan.splits = choose_splits(p, kernel, launch);
   if (std::is_same_v<T, float>) return nullptr;
+  if (kernel.hopper) tile_counter = workspace.take<int>(1);
   if (plan.splits > 1) {
     const size_t rows = size_t(plan.splits) * p.batch * p.heads_q * p.time_q;
     plan.partial_out = workspace.take<float>(rows * p.dim_v);
@@ -125,20 +148,31 @@ const char* forward(AttentionParams p, const Launch& launch) {
   plan.score = make_score_params(p);
   const int64_t pair_bytes = p.max_seqlen_k * (p.dim_qk + p.dim_v) * int64_t(sizeof(T));
   constexpr bool kSimt = std::is_same_v<T, float>;
-  const int rows = kSimt ? kSimtRows : kForwardRows;
+  const Kernel kernel = choose_kernel(p, launch);
+  const int rows = kernel.rows;
   plan.schedule = make_tile_schedule(row_tiles(p, rows), p.heads_kv, p.num_sequences, pair_bytes, is_causal(p));
   if (plan.schedule.count() >= (int64_t(1) << 31)) return "attention: more than 2^31 row tiles in one call";
   const unsigned ctas = unsigned(std::max<int64_t>(plan.schedule.count(), 1));
   WorkspaceCursor workspace{static_cast<char*>(p.workspace)};
-  if (const char* message = prepare<T>(p, plan, workspace, launch)) return message;
+  int* tile_counter = nullptr;
+  if (const char* message = prepare<T>(p, plan, kernel, tile_counter, workspace, launch)) return message;
   if constexpr (kSimt) {
     return launch_kernel(simt_forward_kernel<T>, ctas, 128, 0, launch, p, plan, rows);
   } else {
     const int64_t dim = std::max(p.dim_qk, p.dim_v);
-    const auto run = dim <= 64    ? launch_attention_forward<T, 64>
-                     : dim <= 128 ? launch_attention_forward<T, 128>
-                                  : launch_attention_forward<T, 256>;
-    if (const char* message = run(p, plan, launch)) return message;
+    const auto run = [&]() -> const char* {
+#ifdef YOCO_HAS_SM90
+      if (kernel.hopper) {
+        return (dim <= 64    ? sm90::launch_attention_forward<T, 64>
+                : dim <= 128 ? sm90::launch_attention_forward<T, 128>
+                             : sm90::launch_attention_forward<T, 256>)(p, plan, tile_counter, launch);
+      }
+#endif
+      return (dim <= 64    ? launch_attention_forward<T, 64>
+              : dim <= 128 ? launch_attention_forward<T, 128>
+                           : launch_attention_forward<T, 256>)(p, plan, launch);
+    };
+    if (const char* message = run()) return message;
     if (plan.splits == 1) return nullptr;
     return launch_kernel(combine_kernel<T>, dim3(ctas, 4), 128, 0, launch, p, plan, rows);
   }
@@ -150,7 +184,10 @@ size_t attention_forward_workspace(const AttentionParams& params, const Launch& 
   AttentionParams p = params;
   ForwardPlan plan{};
   WorkspaceCursor workspace{nullptr};
-  YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* { return prepare<T>(p, plan, workspace, launch); });
+  const Kernel kernel = choose_kernel(p, launch);
+  int* tile_counter = nullptr;
+  YOCO_CUDA_DISPATCH(p.dtype, T,
+                     [&]() -> const char* { return prepare<T>(p, plan, kernel, tile_counter, workspace, launch); });
   return workspace.used;
 }
 

@@ -1,0 +1,470 @@
+// Attention forward for Hopper (sm_90a): one persistent kernel, read top to bottom.
+//
+// A CTA takes tiles of rows (token x query head of one KV head) and walks over the blocks of keys they see, first in
+// the main segment, then in the latents. Warpgroup 0 is the producer: one warp moves Q, K and V by TMA. The other
+// warpgroups own 64 rows each:
+//   S = Q K^T          WGMMA, both operands from shared memory
+//   P = exp2(S - max)  float32, in registers
+//   O += P V           WGMMA, P rounded to T from registers, V from shared memory as it lies (keys x columns)
+// S of block n and O of block n - 1 are in flight together; the softmax of block n runs while O of block n - 1 does.
+// The warpgroups take turns in issuing products (named barriers), so that one's softmax meets another's products:
+//   warpgroup 1   S1 O0 | softmax 1 ....... | S2 O1 | softmax 2 ...
+//   warpgroup 2          S1 O0 | softmax 1 ....... | S2 O1 | ...
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/attention/simt.h"
+#include "cuda/attention/sm90/plan.h"
+#include "cuda/attention/sm90/tile.cuh"
+#include "cuda/attention/tile.h"
+
+namespace yoco::cuda::sm90 {
+
+// Tile table. Registers: 65536 = sum over warpgroups of 128 x (producer or consumer). Shared memory: Q, and kStages
+// slots for K and V each.
+//   D    rows keys  consumers         producer  stages  shared
+//   64   192  128   3 x 160 registers   32        3     120 KB   O 32 + S 64 + P 32 registers: three groups fit
+//   128  128  128   2 x 240             24        2     160 KB   O 64 + S 64 + P 32
+//   256  128  80    2 x 240             24        2     224 KB   O 128 + S 40 + P 20; more keys do not fit
+// kTransform: softcap or alibi.
+template <typename T, int D, bool Transform>
+struct ForwardConfig {
+  static constexpr bool kTransform = Transform;
+  using Element = T;
+  static constexpr int kDim = D;
+  static constexpr int kWarpgroups = ForwardTiles<D>::kWarpgroups;  // consumers
+  static constexpr int kRows = ForwardTiles<D>::kRows;
+  static constexpr int kKeys = ForwardTiles<D>::kKeys;
+  static constexpr int kThreads = kWarpgroup * (1 + kWarpgroups);
+  static constexpr int kStages = D == 64 ? 3 : 2;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 240;
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
+  static constexpr int kPanels = D / 64;
+  static constexpr int kQBytes = kRows * D * 2;
+  static constexpr int kSlotBytes = kKeys * D * 2;
+  static constexpr int kSharedBytes = kQBytes + 2 * kStages * kSlotBytes + kRows * int(sizeof(int2)) + 256;
+};
+
+// Offsets in shared memory. Barriers: "full" counts TMA bytes, "empty" one arrival per consumer warp.
+template <typename Config>
+struct ForwardShared {
+  static constexpr int kQ = 0;
+  static constexpr int kK = Config::kQBytes;
+  static constexpr int kV = kK + Config::kStages * Config::kSlotBytes;
+  static constexpr int kRowKeys = kV + Config::kStages * Config::kSlotBytes;  // int2 per row: the keys it sees
+  static constexpr int kTile = kRowKeys + Config::kRows * int(sizeof(int2));  // two Tiles
+  static constexpr int kKFull = kTile + 2 * int(sizeof(Tile));
+  static constexpr int kKEmpty = kKFull + 8 * Config::kStages;
+  static constexpr int kVFull = kKEmpty + 8 * Config::kStages;
+  static constexpr int kVEmpty = kVFull + 8 * Config::kStages;
+  static constexpr int kQFull = kVEmpty + 8 * Config::kStages;
+  static constexpr int kQEmpty = kQFull + 8;
+  static constexpr int kTileFull = kQEmpty + 8;
+  static constexpr int kTileEmpty = kTileFull + 16;
+  static_assert(kTileEmpty + 16 <= Config::kSharedBytes && Config::kSharedBytes <= 227 * 1024);
+};
+// Named barriers: 1 + w is the turn of warpgroup w; one for all consumers.
+constexpr int kTurnBarrier = 1, kConsumerBarrier = 4;
+
+// The producer warp: says what the tiles are and fills the rings.
+template <typename Config>
+YOCO_DEVICE void produce(const AttentionParams& p, const ForwardPlan& plan, const ForwardMaps& maps, int* counter,
+                         uint32_t shared) {
+  using Shared = ForwardShared<Config>;
+  constexpr int kKeys = Config::kKeys, kRows = Config::kRows, kPanels = Config::kPanels;
+  const bool leader = threadIdx.x % 32 == 0;
+  const int tiles = int(plan.schedule.count()) * plan.splits;
+  RingPosition<Config::kStages> at_k, at_v;
+  RingPosition<2> at_tile;
+  uint32_t q_parity = 0;
+  const auto publish = [&](const Tile& tile) {
+    mbarrier_wait(shared + Shared::kTileEmpty + 8 * at_tile.slot, at_tile.parity ^ 1);
+    if (leader) {
+      put_tile(shared + Shared::kTile + int(sizeof(Tile)) * at_tile.slot, tile);
+      mbarrier_arrive(shared + Shared::kTileFull + 8 * at_tile.slot);
+    }
+    at_tile.advance();
+  };
+  for (int index = int(blockIdx.x); index < tiles;) {
+    const WorkTile work = plan.schedule.decode(index / plan.splits);
+    const RowMap map = make_row_map(p, work.sequence, work.head);
+    const int tile_rows = kRows / map.group * map.group;
+    // Once, unless max_seqlen_q understated a sequence.
+#pragma unroll 1
+    for (int first_row = work.tile * tile_rows; first_row < map.rows; first_row += plan.schedule.tiles * tile_rows) {
+      const Tile tile = make_tile<kKeys>(p, map, index, first_row, min(tile_rows, map.rows - first_row),
+                                         index % plan.splits, plan.splits);
+      publish(tile);
+      if (tile.begin >= tile.end) continue;
+      const int batch = int(map.sequence.batch), k_begin = int(map.sequence.k_begin);
+      const int latent_batch = p.latents_shared ? 0 : batch;
+      const auto load = [&](const CUtensorMap& main, const CUtensorMap& latent, int n, uint32_t slot,
+                            uint32_t barrier) {
+        if (!leader) return;
+        mbarrier_arrive_expect(barrier, Config::kSlotBytes);
+        const bool in_main = n < tile.num_main;
+        const CUtensorMap& from = in_main ? main : latent;
+        const int key = tile.first_key<kKeys>(n) + (in_main ? k_begin : 0), b = in_main ? batch : latent_batch;
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          tma_load(slot + panel * kKeys * 128, from, barrier, panel * 64, key, map.head_kv, b);
+        }
+      };
+      const auto load_k = [&](int n) {
+        mbarrier_wait(shared + Shared::kKEmpty + 8 * at_k.slot, at_k.parity ^ 1);
+        load(maps.k, maps.latent_k, n, shared + Shared::kK + at_k.slot * Config::kSlotBytes,
+             shared + Shared::kKFull + 8 * at_k.slot);
+        at_k.advance();
+      };
+      const auto load_v = [&](int n) {
+        mbarrier_wait(shared + Shared::kVEmpty + 8 * at_v.slot, at_v.parity ^ 1);
+        load(maps.v, maps.latent_v, n, shared + Shared::kV + at_v.slot * Config::kSlotBytes,
+             shared + Shared::kVFull + 8 * at_v.slot);
+        at_v.advance();
+      };
+
+      mbarrier_wait(shared + Shared::kQEmpty, q_parity ^ 1);
+      q_parity ^= 1;
+      if (leader) {
+        // Rows behind the sequence belong to its neighbour or are zero; nobody stores what comes of them.
+        mbarrier_arrive_expect(shared + Shared::kQFull, kPanels * tile_rows * 128);
+        const int token = int(map.sequence.q_begin) + first_row / map.group;
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          tma_load(shared + Shared::kQ + panel * kRows * 128, maps.q, shared + Shared::kQFull, panel * 64, 0, token,
+                   map.head_kv, batch);
+        }
+      }
+      // In the order of use: S(n + 1) comes before O(n).
+      load_k(tile.begin);
+      for (int n = tile.begin; n < tile.end; ++n) {
+        if (n + 1 < tile.end) load_k(n + 1);
+        load_v(n);
+      }
+    }
+    index =
+        counter == nullptr ? tiles : __shfl_sync(0xffffffffu, leader ? int(gridDim.x) + atomicAdd(counter, 1) : 0, 0);
+  }
+  Tile last{};
+  last.index = Tile::kNoMore;
+  publish(last);
+}
+
+// A consumer warpgroup: rows 64 w .. 64 w + 63 of every tile.
+template <typename Config>
+YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint32_t shared) {
+  using Shared = ForwardShared<Config>;
+  using T = typename Config::Element;
+  constexpr int kKeys = Config::kKeys, kRows = Config::kRows, kDim = Config::kDim, kS = kKeys / 2, kO = kDim / 2;
+  const int warpgroup = uniform(int(threadIdx.x) / kWarpgroup) - 1, lane = int(threadIdx.x % 32);
+  const int tile_row = int(threadIdx.x - kWarpgroup) / 32 * 16 + lane / 4;  // and + 8
+  const uint32_t q_tile = shared + Shared::kQ + warpgroup * 64 * 128;
+  const uint32_t row_keys_at = shared + Shared::kRowKeys + tile_row * int(sizeof(int2));
+  const int dim_v = int(p.dim_v);
+  const float multiplier = plan.score.multiplier;
+  const int next_turn = kTurnBarrier + (warpgroup + 1) % Config::kWarpgroups;
+  RingPosition<Config::kStages> at_k, at_v;
+  RingPosition<2> at_tile;
+  uint32_t q_parity = 0;
+  if (warpgroup == 0) named_arrive(kTurnBarrier, 2 * kWarpgroup);
+
+  for (;;) {
+    mbarrier_wait(shared + Shared::kTileFull + 8 * at_tile.slot, at_tile.parity);
+    const Tile tile = get_tile(shared + Shared::kTile + int(sizeof(Tile)) * at_tile.slot);
+    if (tile.index == Tile::kNoMore) return;
+    // The accumulators fill the register file: what is rarely needed is computed where it is needed.
+    const auto row_map = [&] {
+      const WorkTile work = plan.schedule.decode(opaque(tile.index) / plan.splits);
+      return make_row_map(p, work.sequence, work.head);
+    };
+    float o[kO];
+#pragma unroll
+    for (int i = 0; i < kO; ++i) o[i] = 0.f;
+    RowSoftmax softmax[2];
+    softmax[0].start(), softmax[1].start();
+
+    if (tile.begin < tile.end) {
+      // What this thread's rows see, in shared memory until a masked block asks for it.
+      const auto look_up_keys = [&](bool latents) {
+        const RowMap map = row_map();
+        __syncwarp();
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = tile_row + 8 * h;
+          const int2 keys = row < tile.rows ? row_keys(p, map, tile.first_row + row, latents) : make_int2(0, 0);
+          if (lane % 4 == 0) {
+            asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(row_keys_at + 64 * h), "r"(keys.x), "r"(keys.y)
+                         : "memory");
+          }
+        }
+        __syncwarp();
+      };
+      look_up_keys(tile.begin >= tile.num_main);
+      float bias[2] = {}, diagonal[2] = {};
+      if constexpr (Config::kTransform) {
+        const RowMap map = row_map();
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = tile.first_row + min(tile_row + 8 * h, tile.rows - 1);
+          bias[h] = alibi_log2(p, map.sequence_index, map.head(row));
+          diagonal[h] = float(map.token(row) + int(map.sequence.len_k - map.sequence.len_q) - lane % 4 * 2);
+        }
+      }
+
+      float s[kS];
+      uint32_t probabilities[kS / 8][4];
+      float factor[2];
+      bool moves = false;
+      const auto issue_s = [&] {
+        const uint64_t a = descriptor_k(q_tile);
+        const uint64_t b = descriptor_k(shared + Shared::kK + at_k.slot * Config::kSlotBytes);
+        pin_registers(s);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kDim / 16; ++k) {
+          wgmma<T, Major::K, Major::K>(s, a + descriptor_step(k / 4 * (kRows * 128) + k % 4 * 32),
+                                       b + descriptor_step(k / 4 * (kKeys * 128) + k % 4 * 32), k > 0);
+        }
+        wgmma_commit();
+      };
+      const auto issue_o = [&] {
+        const uint64_t b = descriptor_mn(shared + Shared::kV + at_v.slot * Config::kSlotBytes, kKeys * 128);
+        pin_registers(o);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kKeys / 16; ++k) {
+          wgmma<T, Major::MN>(o, probabilities[k], b + descriptor_step(k * 2048), true);
+        }
+        wgmma_commit();
+      };
+      const auto wait_k = [&] { mbarrier_wait(shared + Shared::kKFull + 8 * at_k.slot, at_k.parity); };
+      const auto release_k = [&] {
+        if (lane == 0) mbarrier_arrive(shared + Shared::kKEmpty + 8 * at_k.slot);
+        at_k.advance();
+      };
+      const auto release_v = [&] {
+        if (lane == 0) mbarrier_arrive(shared + Shared::kVEmpty + 8 * at_v.slot);
+        at_v.advance();
+      };
+      const auto wait_v = [&] { mbarrier_wait(shared + Shared::kVFull + 8 * at_v.slot, at_v.parity); };
+      // Before the product of V(n): what lies behind the sequence becomes zero, as 0 * NaN would be NaN. The
+      // consumers share the work; nobody holds the turn meanwhile.
+      const auto zero_loose_end = [&](int n) {
+        if (n != tile.num_main - 1 || tile.keep >= kKeys) return;
+        wait_v();
+        const uint32_t slot = shared + Shared::kV + at_v.slot * Config::kSlotBytes;
+        constexpr int kConsumers = kWarpgroup * Config::kWarpgroups;
+        for (int i = tile.keep * 8 + int(threadIdx.x) - kWarpgroup; i < kKeys * 8; i += kConsumers) {
+#pragma unroll
+          for (int panel = 0; panel < Config::kPanels; ++panel) {
+            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(slot + panel * kKeys * 128 + i * 16), "r"(0)
+                         : "memory");
+          }
+        }
+        fence_async_proxy();
+        named_sync(kConsumerBarrier, kConsumers);
+      };
+      // S(n) to P(n) in place; how O of the blocks before must be scaled.
+      const auto softmax_step = [&](int n) {
+        if (n == tile.num_main && n > tile.begin) look_up_keys(true);
+        const int first = tile.first_key<kKeys>(n);
+        if constexpr (Config::kTransform) {
+#pragma unroll
+          for (int i = 0; i < kS; ++i) {
+            const int h = i / 2 % 2;
+            s[i] = transform_score(plan.score, s[i], n < tile.num_main ? bias[h] : 0.f,
+                                   diagonal[h] - float(first + i / 4 * 8 + i % 2));
+          }
+        }
+        if (!tile.full<kKeys>(n, first)) {
+          int2 keys[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n"
+                         : "=r"(keys[h].x), "=r"(keys[h].y)
+                         : "r"(row_keys_at + 64 * h)
+                         : "memory");
+            keys[h].x -= first + lane % 4 * 2;
+            keys[h].y -= first + lane % 4 * 2;
+          }
+#pragma unroll
+          for (int i = 0; i < kS; ++i) s[i] = sees(keys[i / 2 % 2], i / 4 * 8 + i % 2) ? s[i] : YOCO_NEG_INF;
+        }
+        float top[2] = {YOCO_NEG_INF, YOCO_NEG_INF};
+#pragma unroll
+        for (int i = 0; i < kS; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
+        top[0] = group_max<4>(top[0]), top[1] = group_max<4>(top[1]);
+        moves = __any_sync(0xffffffffu,
+                           softmax[0].must_move(top[0], multiplier) || softmax[1].must_move(top[1], multiplier));
+        factor[0] = softmax[0].move(top[0], multiplier);
+        factor[1] = softmax[1].move(top[1], multiplier);
+        const float offset[2] = {softmax[0].offset(multiplier), softmax[1].offset(multiplier)};
+        float sum[2] = {0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < kS; ++i) {
+          const int h = i / 2 % 2;
+          s[i] = exp2_approx(fmaf(s[i], multiplier, -offset[h]));
+          sum[h] += s[i];
+        }
+        softmax[0].sum += sum[0], softmax[1].sum += sum[1];
+      };
+
+      mbarrier_wait(shared + Shared::kQFull, q_parity);
+      q_parity ^= 1;
+      wait_k();
+      issue_s();
+      wgmma_wait<0>();
+      pin_registers(s);
+      release_k();
+      softmax_step(tile.begin);
+      pack_operand<T>(probabilities, s);
+#pragma unroll 1
+      for (int n = tile.begin + 1; n < tile.end; ++n) {
+        zero_loose_end(n - 1);
+        wait_k();
+        named_sync(kTurnBarrier + warpgroup, 2 * kWarpgroup);
+        issue_s();
+        wait_v();
+        issue_o();
+        named_arrive(next_turn, 2 * kWarpgroup);
+        wgmma_wait<1>();
+        pin_registers(s);
+        release_k();
+        softmax_step(n);
+        wgmma_wait<0>();
+        pin_registers(o);
+        release_v();
+        if (moves) {
+#pragma unroll
+          for (int i = 0; i < kO; ++i) o[i] *= factor[i / 2 % 2];
+        }
+        pack_operand<T>(probabilities, s);
+      }
+      if (lane == 0) mbarrier_arrive(shared + Shared::kQEmpty);
+      zero_loose_end(tile.end - 1);
+      wait_v();
+      issue_o();
+      wgmma_wait<0>();
+      pin_registers(o);
+      release_v();
+    }
+
+    // ---- epilogue -----------------------------------------------------------------------------------------------
+    const RowMap map = row_map();
+    const int first_row = tile.first_row, rows = tile.rows, split = tile.index % plan.splits;
+    float not_finite[2];  // NaN if a product put an infinity or NaN into a row whose own scores had none
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + tile_row + 8 * h;
+      const bool valid = tile_row + 8 * h < rows;
+      const float sum = group_sum<4>(softmax[h].sum);
+      const float sink = valid && plan.splits == 1 ? sink_log2(p, map.head(row)) : YOCO_NEG_INF;
+      const RowResult r = finish_row(softmax[h].max, sum, multiplier, sink);
+      float check = 0.f;
+#pragma unroll
+      for (int i = 0; i < kO / 2; ++i) check = fmaf(o[i / 2 * 4 + h * 2 + i % 2], 0.f, check);
+      not_finite[h] = valid && sum == sum ? check : 0.f;
+      const int64_t statistic = valid ? map.statistic(p, row) : 0;
+      if (plan.splits == 1) {
+        if (valid && lane % 4 == 0) static_cast<float*>(p.lse)[statistic] = r.lse;
+        T* const to = static_cast<T*>(p.out.data) + (valid ? map.offset(p.out, row) : 0);
+        store_row<T>(to, o, h, r.factor, dim_v, valid, plan.aligned_out);
+      } else if (valid) {
+        const int64_t partial = split * (p.batch * p.heads_q * p.time_q) + statistic;
+        if (lane % 4 == 0) plan.partial_lse[partial] = r.lse * kLog2E;
+        float* const to = plan.partial_out + partial * dim_v + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < kO / 4; ++i) {
+          if (i * 8 + lane % 4 * 2 >= dim_v) continue;
+          *reinterpret_cast<float2*>(to + i * 8) =
+              make_float2(o[i * 4 + h * 2] * r.factor, o[i * 4 + h * 2 + 1] * r.factor);
+        }
+      }
+    }
+    // A masked key's value may be infinite or NaN and still have entered the products as 0 * NaN: such rows are
+    // computed again, key by key. (Split rows: by combine_kernel.)
+    if (plan.splits == 1 && __any_sync(0xffffffffu, not_finite[0] != 0.f || not_finite[1] != 0.f)) {
+      __syncwarp();
+#pragma unroll 1
+      for (int h = 0; h < 2; ++h) {
+        for (unsigned todo = __ballot_sync(0xffffffffu, (h == 0 ? not_finite[0] : not_finite[1]) != 0.f); todo != 0;) {
+          const int r = (__ffs(int(todo)) - 1) / 4;
+          todo &= ~(0xfu << (r * 4));
+          attend_row<T>(p, plan.score, map.sequence_index, map.head_kv, first_row + tile_row - lane / 4 + 8 * h + r);
+        }
+      }
+    }
+    if (lane == 0) mbarrier_arrive(shared + Shared::kTileEmpty + 8 * at_tile.slot);
+    at_tile.advance();
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    attention_forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ ForwardPlan plan,
+                             const __grid_constant__ ForwardMaps maps, int* counter) {
+  using Shared = ForwardShared<Config>;
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  const uint32_t shared = shared_address(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
+    for (int i = 0; i < Config::kStages; ++i) {
+      mbarrier_init(shared + Shared::kKFull + 8 * i, 1);
+      mbarrier_init(shared + Shared::kVFull + 8 * i, 1);
+      mbarrier_init(shared + Shared::kKEmpty + 8 * i, kConsumerWarps);
+      mbarrier_init(shared + Shared::kVEmpty + 8 * i, kConsumerWarps);
+    }
+    mbarrier_init(shared + Shared::kQFull, 1);
+    mbarrier_init(shared + Shared::kQEmpty, kConsumerWarps);
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(shared + Shared::kTileFull + 8 * i, 1);
+      mbarrier_init(shared + Shared::kTileEmpty + 8 * i, kConsumerWarps);
+    }
+    mbarrier_init_fence();
+  }
+  zero_tail<typename Config::Element>(p, blockIdx.x, gridDim.x);
+  if (p.num_sequences == 0) return;
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    give_registers<Config::kProducerRegisters>();
+    if (threadIdx.x < 32) produce<Config>(p, plan, maps, counter, shared);
+  } else {
+    take_registers<Config::kConsumerRegisters>();
+    consume<Config>(p, plan, shared);
+  }
+}
+
+template <typename T, int D>
+const char* launch_attention_forward(const AttentionParams& p, const ForwardPlan& plan, int* counter,
+                                     const Launch& launch) {
+  using Config = ForwardConfig<T, D, false>;
+  ForwardMaps maps{};
+  const int64_t group = p.heads_q / p.heads_kv, latent_batch = p.latents_shared ? 1 : p.batch;
+  const char* m = make_grouped_map(maps.q, p.q, p.dtype, p.batch, p.time_q, p.heads_kv, group, p.dim_qk,
+                                   int(Config::kRows / group));
+  if (!m) m = make_rows_map(maps.k, p.k, p.dtype, p.batch, p.time_k, p.heads_kv, p.dim_qk, Config::kKeys);
+  if (!m) m = make_rows_map(maps.v, p.v, p.dtype, p.batch, p.time_k, p.heads_kv, p.dim_v, Config::kKeys);
+  if (!m) {
+    m = make_rows_map(maps.latent_k, p.latent_k, p.dtype, latent_batch, p.num_latents, p.heads_kv, p.dim_qk,
+                      Config::kKeys);
+  }
+  if (!m) {
+    m = make_rows_map(maps.latent_v, p.latent_v, p.dtype, latent_batch, p.num_latents, p.heads_kv, p.dim_v,
+                      Config::kKeys);
+  }
+  if (m) return m;
+  const int64_t tiles = std::max<int64_t>(plan.schedule.count() * plan.splits, 1);
+  const unsigned ctas = unsigned(std::min<int64_t>(tiles, std::max(sm_count(launch.device), 1)));
+  if (tiles > ctas) {
+    if (const char* message = set_device(launch)) return message;
+    YOCO_CUDA_CHECK(cudaMemsetAsync(counter, 0, sizeof(int), static_cast<cudaStream_t>(launch.stream)));
+  } else {
+    counter = nullptr;
+  }
+  const auto kernel =
+      plan.score.plain ? attention_forward_kernel<Config> : attention_forward_kernel<ForwardConfig<T, D, true>>;
+  return launch_kernel(kernel, dim3(ctas), Config::kThreads, Config::kSharedBytes, launch, p, plan, maps, counter);
+}
+
+}  // namespace yoco::cuda::sm90
