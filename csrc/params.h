@@ -234,6 +234,34 @@ struct RetentionOutputBackwardParams {
   View o, gate, dy, d_o, d_gate;
 };
 
+// y = norm(x) * weight * scale, where x is made of two tensors: the two halves of differential attention, or the memory
+// and the gate of a gated memory unit. norm(x) = x / sqrt(mean_dim(x^2) + eps), or x.
+enum class PairKind : int32_t {
+  kDifference,  // x = first - lambda * second
+  kGate,        // x = first * silu(second)
+};
+
+struct PairNormParams {
+  PairKind kind;
+  DType dtype, weight_dtype;  // weight_dtype: dtype or float32
+  int64_t batch, time, heads, dim;
+  bool normalize;
+  double eps, scale;
+  View first, second, y;  // [batch, time, heads, dim]
+  const void* weight;     // [dim] or [heads, dim] contiguous, or null (1)
+  bool weight_per_head;
+  View lambda;           // kDifference: [batch, time, heads], strides may be 0; float32 (float64 for float64)
+  bool lambda_is_logit;  // the sigmoid of what is given
+};
+
+struct PairNormBackwardParams : PairNormParams {
+  // y of the base is unused.
+  View dy, d_first, d_second;  // [batch, time, heads, dim]
+  void* d_lambda;              // kDifference: [batch, time, heads] contiguous, lambda's dtype; or null (not wanted)
+  void* d_weight;              // like weight, float32 (float64 for float64), or null
+  void* workspace;
+};
+
 // ---- how a back end is called ----------------------------------------------------------------------
 // CPU kernels get their threads from here (torch's pool), CUDA kernels their stream.
 struct Launch {
@@ -272,8 +300,11 @@ struct KernelTable {
   const char* (*swiglu_backward)(const SwigluBackwardParams&, const Launch&);
   const char* (*retention_output)(const RetentionOutputParams&, const Launch&);
   const char* (*retention_output_backward)(const RetentionOutputBackwardParams&, const Launch&);
+  const char* (*pair_norm)(const PairNormParams&, const Launch&);
+  const char* (*pair_norm_backward)(const PairNormBackwardParams&, const Launch&);
+  size_t (*pair_norm_backward_workspace)(const PairNormBackwardParams&, const Launch&);
 };
 
-constexpr int32_t kKernelTableVersion = 1;
+constexpr int32_t kKernelTableVersion = 2;
 
 }  // namespace yoco

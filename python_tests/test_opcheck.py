@@ -175,11 +175,32 @@ def test_retention_output(make):
     opcheck(ops.retention_output_backward, (o.detach() + 1, o.detach(), gate.detach(), 1e-5))
 
 
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("sigmoid", [True, False])
+def test_differential_combine(make, weight, sigmoid):
+    a, lam, w = make(2, 5, 6, 16), make(2, 5, 3), make(16) if weight else None
+    options = (not sigmoid, sigmoid, 1e-5, 0.3)
+    opcheck(ops.differential_combine, (a, lam, w, *options))
+    opcheck(ops.differential_combine, (a, make(3).expand(2, 5, 3), w, *options))
+    inputs = [x if x is None else x.detach() for x in (a, lam, w)]
+    for grads in (0, 1, 3):
+        opcheck(ops.differential_combine_backward, (make(2, 5, 3, 16, grad=False), *inputs, *options, grads))
+
+
+@pytest.mark.parametrize("weight", [True, False])
+def test_gated_memory(make, weight):
+    gate, memory, w = make(3, 5, 16), make(3, 5, 16), make(16) if weight else None
+    opcheck(ops.gated_memory, (gate, memory, w, 2, 1e-5))
+    inputs = [x if x is None else x.detach() for x in (gate, memory, w)]
+    opcheck(ops.gated_memory_backward, (gate.detach() + 1, *inputs, 2, 1e-5))
+
+
 @pytest.mark.backends("cpu")
 def test_every_op_is_here(backend):
     """A new op without an opcheck fails this file."""
     schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("yoco_ext::")]
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     tested |= {"swiglu_backward", "retention_output_backward"}
+    tested |= {"differential_combine_backward", "gated_memory_backward"}
     assert {s.name.removeprefix("yoco_ext::") for s in schemas} <= tested
-    assert len(schemas) >= 16
+    assert len(schemas) >= 20

@@ -23,5 +23,7 @@ const char* swiglu(const SwigluParams&, const Launch&);
 const char* swiglu_backward(const SwigluBackwardParams&, const Launch&);
 const char* retention_output(const RetentionOutputParams&, const Launch&);
 const char* retention_output_backward(const RetentionOutputBackwardParams&, const Launch&);
+const char* pair_norm(const PairNormParams&, const Launch&);
+const char* pair_norm_backward(const PairNormBackwardParams&, const Launch&);
 
 }  // namespace yoco::cpu::YOCO_ISA

@@ -29,6 +29,8 @@ const KernelTable* table() {
     t.swiglu_backward = swiglu_backward;
     t.retention_output = retention_output;
     t.retention_output_backward = retention_output_backward;
+    t.pair_norm = pair_norm;
+    t.pair_norm_backward = pair_norm_backward;
     return t;
   }();
   return &t;

@@ -33,5 +33,8 @@ const char* swiglu(const SwigluParams& params, const Launch& launch);
 const char* swiglu_backward(const SwigluBackwardParams& params, const Launch& launch);
 const char* retention_output(const RetentionOutputParams& params, const Launch& launch);
 const char* retention_output_backward(const RetentionOutputBackwardParams& params, const Launch& launch);
+const char* pair_norm(const PairNormParams& params, const Launch& launch);
+const char* pair_norm_backward(const PairNormBackwardParams& params, const Launch& launch);
+size_t pair_norm_backward_workspace(const PairNormBackwardParams& params, const Launch& launch);
 
 }  // namespace yoco::cuda

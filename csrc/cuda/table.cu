@@ -37,6 +37,9 @@ constexpr KernelTable make_table() {
   t.swiglu_backward = swiglu_backward;
   t.retention_output = retention_output;
   t.retention_output_backward = retention_output_backward;
+  t.pair_norm = pair_norm;
+  t.pair_norm_backward = pair_norm_backward;
+  t.pair_norm_backward_workspace = pair_norm_backward_workspace;
   return t;
 }
 

@@ -139,6 +139,8 @@ std::string list_ops(const yoco::KernelTable& t) {
   YOCO_ADD(swiglu_backward);
   YOCO_ADD(retention_output);
   YOCO_ADD(retention_output_backward);
+  YOCO_ADD(pair_norm);
+  YOCO_ADD(pair_norm_backward);
 #undef YOCO_ADD
   return text;
 }

@@ -57,4 +57,13 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy, const Tensor& gate,
 Tensor retention_output(const Tensor& o, const Tensor& gate, double eps);
 std::tuple<Tensor, Tensor> retention_output_backward(const Tensor& dy, const Tensor& o, const Tensor& gate, double eps);
 
+Tensor differential_combine(const Tensor& a, const Tensor& lam, const OptionalTensor& weight, bool normalize,
+                            bool sigmoid, double eps, double scale);
+std::tuple<Tensor, Tensor, Tensor> differential_combine_backward(const Tensor& dy, const Tensor& a, const Tensor& lam,
+                                                                 const OptionalTensor& weight, bool normalize,
+                                                                 bool sigmoid, double eps, double scale, int64_t grads);
+Tensor gated_memory(const Tensor& gate, const Tensor& memory, const OptionalTensor& weight, int64_t groups, double eps);
+std::tuple<Tensor, Tensor, Tensor> gated_memory_backward(const Tensor& dy, const Tensor& gate, const Tensor& memory,
+                                                         const OptionalTensor& weight, int64_t groups, double eps);
+
 }  // namespace yoco

@@ -179,4 +179,123 @@ std::tuple<Tensor, Tensor> retention_output_backward(const Tensor& dy_given, con
   return {d_o, d_gate};
 }
 
+namespace {
+
+// Head 2h + offset of a tensor whose heads come in pairs.
+View pair_view(const Tensor& t, int64_t offset) {
+  View v = view_of(t);
+  v.data = static_cast<char*>(v.data) + offset * v.head_stride * static_cast<int64_t>(t.element_size());
+  v.head_stride *= 2;
+  return v;
+}
+
+PairNormParams differential_params(const Tensor& a, const Tensor& lam, const OptionalTensor& weight, bool normalize,
+                                   bool sigmoid, double eps, double scale) {
+  check(a.dim() == 4 && a.size(2) % 2 == 0, "a has shape ", shape_of(a),
+        "; expected [batch, time, 2 * heads, dim], the heads of a pair side by side");
+  check_last_contiguous(a, "a");
+  PairNormParams p{};
+  p.kind = PairKind::kDifference;
+  p.dtype = dtype_of(a, "a");
+  p.batch = a.size(0), p.time = a.size(1), p.heads = a.size(2) / 2, p.dim = a.size(3);
+  check_device(lam, "lam", a, "a");
+  check_dtype(lam, "lam", accumulator_type(a));
+  check_shape(lam, "lam", {p.batch, p.time, p.heads});
+  p.weight_dtype = check_weight(weight, a);
+  p.normalize = normalize, p.eps = eps, p.scale = scale;
+  p.first = pair_view(a, 0), p.second = pair_view(a, 1);
+  p.weight = data_or_null<void>(weight);
+  p.lambda = View{lam.data_ptr(), lam.stride(0), lam.stride(1), lam.stride(2)};
+  p.lambda_is_logit = sigmoid;
+  return p;
+}
+
+// [..., groups * dim] as [1, rows, groups, dim], contiguous.
+View grouped_view(const Tensor& t, int64_t groups) {
+  const int64_t width = t.size(t.dim() - 1);
+  return View{t.data_ptr(), 0, width, width / groups};
+}
+
+PairNormParams gated_memory_params(const Tensor& gate, const Tensor& memory, const OptionalTensor& weight,
+                                   int64_t groups, double eps) {
+  check(memory.dim() >= 1, "memory has no dimensions");
+  check_like(gate, "gate", memory, "memory");
+  const int64_t width = memory.size(memory.dim() - 1);
+  check(groups >= 1 && width % groups == 0 && width > 0, "groups is ", groups, "; memory has ", width,
+        " components, which it must divide");
+  PairNormParams p{};
+  p.kind = PairKind::kGate;
+  p.dtype = dtype_of(memory, "memory");
+  p.weight_dtype = check_weight(weight, memory);
+  p.batch = 1, p.time = rows_of(memory), p.heads = groups, p.dim = width / groups;
+  p.normalize = true, p.eps = eps, p.scale = 1;
+  p.first = grouped_view(memory, groups), p.second = grouped_view(gate, groups);
+  p.weight = data_or_null<void>(weight), p.weight_per_head = true;
+  return p;
+}
+
+}  // namespace
+
+Tensor differential_combine(const Tensor& a, const Tensor& lam, const OptionalTensor& weight, bool normalize,
+                            bool sigmoid, double eps, double scale) {
+  PairNormParams p = differential_params(a, lam, weight, normalize, sigmoid, eps, scale);
+  Tensor y = empty(a, {p.batch, p.time, p.heads, p.dim}, a.scalar_type());
+  p.y = view_of(y);
+  const Backend backend = backend_for(a);
+  run(backend, "differential_combine", backend.table->pair_norm, p);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> differential_combine_backward(const Tensor& dy_given, const Tensor& a,
+                                                                 const Tensor& lam, const OptionalTensor& weight,
+                                                                 bool normalize, bool sigmoid, double eps, double scale,
+                                                                 int64_t grads) {
+  PairNormBackwardParams p{};
+  static_cast<PairNormParams&>(p) = differential_params(a, lam, weight, normalize, sigmoid, eps, scale);
+  const Tensor dy = with_contiguous_last(dy_given);
+  check_bthd(dy, "dy", {p.batch, p.time, p.heads, p.dim}, a.scalar_type(), a, "a");
+  Tensor d_a = empty(a, sizes_of(a), a.scalar_type());
+  const bool want_weight = (grads & 2) != 0 && weight;
+  Tensor d_lam = (grads & 1) ? empty(a, {p.batch, p.time, p.heads}, accumulator_type(a)) : nothing(lam);
+  Tensor d_weight = want_weight ? empty(a, {p.dim}, accumulator_type(a)) : nothing(lam);
+  p.dy = view_of(dy), p.d_first = pair_view(d_a, 0), p.d_second = pair_view(d_a, 1);
+  p.d_lambda = (grads & 1) ? d_lam.data_ptr() : nullptr;
+  p.d_weight = want_weight ? d_weight.data_ptr() : nullptr;
+  const Backend backend = backend_for(a);
+  const Tensor workspace = allocate_workspace(backend, backend.table->pair_norm_backward_workspace, p, a);
+  run(backend, "differential_combine_backward", backend.table->pair_norm_backward, p);
+  return {d_a, d_lam, d_weight};
+}
+
+Tensor gated_memory(const Tensor& gate_given, const Tensor& memory_given, const OptionalTensor& weight, int64_t groups,
+                    double eps) {
+  const Tensor gate = torch::stable::contiguous(gate_given), memory = torch::stable::contiguous(memory_given);
+  PairNormParams p = gated_memory_params(gate, memory, weight, groups, eps);
+  Tensor y = empty(memory, sizes_of(memory), memory.scalar_type());
+  p.y = grouped_view(y, groups);
+  const Backend backend = backend_for(memory);
+  run(backend, "gated_memory", backend.table->pair_norm, p);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_memory_backward(const Tensor& dy_given, const Tensor& gate_given,
+                                                         const Tensor& memory_given, const OptionalTensor& weight,
+                                                         int64_t groups, double eps) {
+  const Tensor gate = torch::stable::contiguous(gate_given), memory = torch::stable::contiguous(memory_given);
+  const Tensor dy = torch::stable::contiguous(dy_given);
+  PairNormBackwardParams p{};
+  static_cast<PairNormParams&>(p) = gated_memory_params(gate, memory, weight, groups, eps);
+  check_like(dy, "dy", memory, "memory");
+  Tensor d_gate = empty(memory, sizes_of(memory), memory.scalar_type());
+  Tensor d_memory = empty(memory, sizes_of(memory), memory.scalar_type());
+  Tensor d_weight = weight ? empty(memory, {p.heads * p.dim}, accumulator_type(memory)) : nothing(memory);
+  p.dy = grouped_view(dy, groups);
+  p.d_first = grouped_view(d_memory, groups), p.d_second = grouped_view(d_gate, groups);
+  p.d_weight = weight ? d_weight.data_ptr() : nullptr;
+  const Backend backend = backend_for(memory);
+  const Tensor workspace = allocate_workspace(backend, backend.table->pair_norm_backward_workspace, p, memory);
+  run(backend, "gated_memory_backward", backend.table->pair_norm_backward, p);
+  return {d_gate, d_memory, d_weight};
+}
+
 }  // namespace yoco

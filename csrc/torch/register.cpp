@@ -25,6 +25,10 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("swiglu_backward", TORCH_BOX(&yoco::swiglu_backward));
   m.impl("retention_output", TORCH_BOX(&yoco::retention_output));
   m.impl("retention_output_backward", TORCH_BOX(&yoco::retention_output_backward));
+  m.impl("differential_combine", TORCH_BOX(&yoco::differential_combine));
+  m.impl("differential_combine_backward", TORCH_BOX(&yoco::differential_combine_backward));
+  m.impl("gated_memory", TORCH_BOX(&yoco::gated_memory));
+  m.impl("gated_memory_backward", TORCH_BOX(&yoco::gated_memory_backward));
 }
 
 }  // namespace

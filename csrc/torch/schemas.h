@@ -52,6 +52,15 @@ inline constexpr const char* kSchemas[] = {
   "swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor d_gate, Tensor d_up)",
   "retention_output(Tensor o, Tensor gate, float eps) -> Tensor",
   "retention_output_backward(Tensor dy, Tensor o, Tensor gate, float eps) -> (Tensor d_o, Tensor d_gate)",
+
+  // heads 2h and 2h + 1 of a [B, T, 2 H, D] belong together; lambda [B, T, H]. grads: bit 0 d_lambda, 1 d_weight.
+  "differential_combine(Tensor a, Tensor lam, Tensor? weight, bool normalize, bool sigmoid, float eps, float scale)"
+    " -> Tensor",
+  "differential_combine_backward(Tensor dy, Tensor a, Tensor lam, Tensor? weight, bool normalize, bool sigmoid, "
+    "float eps, float scale, int grads) -> (Tensor d_a, Tensor d_lam, Tensor d_weight)",
+  "gated_memory(Tensor gate, Tensor memory, Tensor? weight, int groups, float eps) -> Tensor",
+  "gated_memory_backward(Tensor dy, Tensor gate, Tensor memory, Tensor? weight, int groups, float eps)"
+    " -> (Tensor d_gate, Tensor d_memory, Tensor d_weight)",
 };
 // clang-format on
 
