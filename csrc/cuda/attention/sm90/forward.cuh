@@ -43,7 +43,7 @@ struct ForwardConfig {
   static constexpr int kPanels = D / 64;
   static constexpr int kQBytes = kRows * D * 2;
   static constexpr int kSlotBytes = kKeys * D * 2;
-  static constexpr int kSharedBytes = kQBytes + 2 * kStages * kSlotBytes + kRows * int(sizeof(int2)) + 256;
+  static constexpr int kSharedBytes = kQBytes + 2 * kStages * kSlotBytes + 2 * kRows * int(sizeof(int2)) + 256;
 };
 
 // Offsets in shared memory. Barriers: "full" counts TMA bytes, "empty" one arrival per consumer warp.
@@ -52,8 +52,9 @@ struct ForwardShared {
   static constexpr int kQ = 0;
   static constexpr int kK = Config::kQBytes;
   static constexpr int kV = kK + Config::kStages * Config::kSlotBytes;
-  static constexpr int kRowKeys = kV + Config::kStages * Config::kSlotBytes;  // int2 per row: the keys it sees
-  static constexpr int kTile = kRowKeys + Config::kRows * int(sizeof(int2));  // two Tiles
+  static constexpr int kRowKeys =
+      kV + Config::kStages * Config::kSlotBytes;  // int2 per row: keys, then latents it sees
+  static constexpr int kTile = kRowKeys + 2 * Config::kRows * int(sizeof(int2));  // two Tiles
   static constexpr int kKFull = kTile + 2 * int(sizeof(Tile));
   static constexpr int kKEmpty = kKFull + 8 * Config::kStages;
   static constexpr int kVFull = kKEmpty + 8 * Config::kStages;
@@ -186,21 +187,23 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
 
     if (tile.begin < tile.end) {
       // What this thread's rows see, in shared memory until a masked block asks for it.
-      const auto look_up_keys = [&](bool latents) {
+      {
         const RowMap map = row_map();
         __syncwarp();
+#pragma unroll 1
+        for (int latents = 0; latents < (p.num_latents > 0 ? 2 : 1); ++latents) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = tile_row + 8 * h;
-          const int2 keys = row < tile.rows ? row_keys(p, map, tile.first_row + row, latents) : make_int2(0, 0);
-          if (lane % 4 == 0) {
-            asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(row_keys_at + 64 * h), "r"(keys.x), "r"(keys.y)
+          for (int h = 0; h < 2; ++h) {
+            const int row = tile_row + 8 * h;
+            const int2 keys = row < tile.rows ? row_keys(p, map, tile.first_row + row, latents != 0) : make_int2(0, 0);
+            if (lane % 4 != 0) continue;
+            asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(row_keys_at + 8 * (latents * kRows + 8 * h)),
+                         "r"(keys.x), "r"(keys.y)
                          : "memory");
           }
         }
         __syncwarp();
-      };
-      look_up_keys(tile.begin >= tile.num_main);
+      }
       float bias[2] = {}, diagonal[2] = {};
       if constexpr (Config::kTransform) {
         const RowMap map = row_map();
@@ -214,7 +217,7 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
 
       float s[kS];
       uint32_t probabilities[kS / 8][4];
-      float factor[2];
+      float factor[2] = {1.f, 1.f};
       bool moves = false;
       const auto issue_s = [&] {
         const uint64_t a = descriptor_k(q_tile);
@@ -253,21 +256,14 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
       const auto zero_loose_end = [&](int n) {
         if (n != tile.num_main - 1 || tile.keep >= kKeys) return;
         wait_v();
-        const uint32_t slot = shared + Shared::kV + at_v.slot * Config::kSlotBytes;
         constexpr int kConsumers = kWarpgroup * Config::kWarpgroups;
-        for (int i = tile.keep * 8 + int(threadIdx.x) - kWarpgroup; i < kKeys * 8; i += kConsumers) {
-#pragma unroll
-          for (int panel = 0; panel < Config::kPanels; ++panel) {
-            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(slot + panel * kKeys * 128 + i * 16), "r"(0)
-                         : "memory");
-          }
-        }
+        zero_tile_rows<kKeys, Config::kPanels, kConsumers>(shared + Shared::kV + at_v.slot * Config::kSlotBytes,
+                                                           tile.keep, int(threadIdx.x) - kWarpgroup);
         fence_async_proxy();
         named_sync(kConsumerBarrier, kConsumers);
       };
       // S(n) to P(n) in place; how O of the blocks before must be scaled.
       const auto softmax_step = [&](int n) {
-        if (n == tile.num_main && n > tile.begin) look_up_keys(true);
         const int first = tile.first_key<kKeys>(n);
         if constexpr (Config::kTransform) {
 #pragma unroll
@@ -283,7 +279,7 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
           for (int h = 0; h < 2; ++h) {
             asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n"
                          : "=r"(keys[h].x), "=r"(keys[h].y)
-                         : "r"(row_keys_at + 64 * h)
+                         : "r"(row_keys_at + 8 * ((n < tile.num_main ? 0 : kRows) + 8 * h))
                          : "memory");
             keys[h].x -= first + lane % 4 * 2;
             keys[h].y -= first + lane % 4 * 2;
@@ -297,8 +293,10 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
         top[0] = group_max<4>(top[0]), top[1] = group_max<4>(top[1]);
         moves = __any_sync(0xffffffffu,
                            softmax[0].must_move(top[0], multiplier) || softmax[1].must_move(top[1], multiplier));
-        factor[0] = softmax[0].move(top[0], multiplier);
-        factor[1] = softmax[1].move(top[1], multiplier);
+        if (moves) {
+          factor[0] = softmax[0].move(top[0], multiplier);
+          factor[1] = softmax[1].move(top[1], multiplier);
+        }
         const float offset[2] = {softmax[0].offset(multiplier), softmax[1].offset(multiplier)};
         float sum[2] = {0.f, 0.f};
 #pragma unroll

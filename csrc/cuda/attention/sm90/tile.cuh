@@ -106,6 +106,21 @@ YOCO_DEVICE Tile make_tile(const AttentionParams& p, const RowMap& m, int index,
   return t;
 }
 
+// Rows [from, kRows) of a tile become zero; kThreads threads take part. Then fence_async_proxy and a barrier.
+template <int kRows, int kPanels, int kThreads>
+YOCO_DEVICE void zero_tile_rows(uint32_t tile, int from, int thread) {
+#pragma unroll
+  for (int i = 0; i < kRows * 8; i += kThreads) {
+    const int chunk = i + thread;
+    if (chunk >= kRows * 8 || chunk < from * 8) continue;
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(tile + panel * kRows * 128 + chunk * 16), "r"(0)
+                   : "memory");
+    }
+  }
+}
+
 // The 4 x 4 transpose of r over the four lanes of a row of accumulators: lane t held word t of blocks 0..3, and now
 // holds words 0..3 of block t, 16 bytes that lie together.
 YOCO_DEVICE void transpose_quad(uint32_t (&r)[4]) {
