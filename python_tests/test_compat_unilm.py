@@ -116,6 +116,11 @@ OFFICIAL_STYLE = {
     "kernel/rotary.py": "raise ImportError('needs triton')",
     "kernel/swiglu.py": "raise ImportError('needs a GPU')",
     "rms_norm.py": "class RMSNorm: original = True",
+    "yoco.py": """
+        class SelfDecoder:
+            def __init__(self):
+                self.block_size = 256
+    """,
     "layer.py": """
         from fairseq.model_parallel.megatron.mpu import ColumnParallelLinear
         from fairscale.nn import checkpoint_wrapper
@@ -143,8 +148,10 @@ def test_install_serves_model_files_that_import_the_official_names(tmp_path, mon
         assert layer.swiglu is unilm.swiglu and layer.apply_rotary_emb is unilm.apply_rotary_emb
         assert layer.flash_attn_func is unilm.flash_attn_func
         assert layer.RMSNorm is unilm.RMSNorm is rms_norm.RMSNorm
+        decoder = importlib.import_module("official_decoder.yoco").SelfDecoder()
+        assert decoder.block_size == 1  # no prompt is padded
         assert layer.ColumnParallelLinear(4, 6, bias=False, gather_output=False)(torch.zeros(2, 4)).shape == (2, 6)
-    assert rms_norm.RMSNorm is original
+    assert rms_norm.RMSNorm is original and decoder.block_size == 256
     assert "fairseq" not in sys.modules and "official_decoder.kernel.swiglu" not in sys.modules
     for name in [n for n in sys.modules if n.startswith("official_decoder")]:
         del sys.modules[name]
@@ -210,8 +217,9 @@ def official(monkeypatch):
 
 
 def build(window=None, checkpoint_activations=False):
+    """With tables of 310 positions: a prompt padded to 256 or 512 tokens would not always fit."""
     yoco = importlib.import_module("official_yoco.yoco")
-    arguments = yoco.YOCOArgs(64, 4, 128, 2, 4, 2, 100, max_batch_size=2, max_seq_len=512, sliding_window=window)
+    arguments = yoco.YOCOArgs(64, 4, 128, 2, 4, 2, 100, max_batch_size=2, max_seq_len=310, sliding_window=window)
     return yoco.YOCO(arguments, checkpoint_activations)
 
 
@@ -233,6 +241,25 @@ def test_official_model_trains_prefills_and_decodes(official, window, length):
             for t in range(prompt, length):
                 step, _ = model(tokens[:, t : t + 1], start_pos=t, incremental_state=memory, is_prefilling=False)
                 torch.testing.assert_close(step[:, 0], logits[:, t], atol=1e-4, rtol=1e-4)
+
+
+@needs_checkout
+def test_official_model_pads_nothing_while_installed(official, monkeypatch):
+    lengths = []
+    prefill = unilm.chunk_gate_retention
+    monkeypatch.setattr(
+        unilm,
+        "chunk_gate_retention",
+        lambda q, *rest, **options: lengths.append(q.shape[2]) or prefill(q, *rest, **options),
+    )
+    with unilm.installed(official, stub_parallel=True):
+        model = build()
+        model(torch.randint(100, (1, 7)), incremental_state={}, is_prefilling=True)
+        decoder = model.self_decoder
+        assert decoder.block_size == 1
+    assert lengths == [7, 7] and decoder.block_size == 256
+    with unilm.installed(official, stub_parallel=True):  # imported and built before
+        assert decoder.block_size == 1
 
 
 @needs_checkout

@@ -230,14 +230,42 @@ _SERVED: dict[str, tuple[str, ...]] = {
 }
 
 
+class _BlockSize:
+    """SelfDecoder.block_size while installed: the official prefill pads prompts to a multiple of it, for its chunks."""
+
+    def __get__(self, decoder: Any, owner: type | None = None) -> Any:
+        return self if decoder is None else 1
+
+    def __set__(self, decoder: Any, value: int) -> None:
+        vars(decoder)["block_size"] = value  # what it is again after uninstall
+
+
+def _stop_padding(module: types.ModuleType | None) -> None:
+    decoder = getattr(module, "SelfDecoder", None)
+    if decoder is not None and not hasattr(decoder, "block_size"):
+        decoder.block_size = _BlockSize()
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Serves <package>.kernel.gate_recurrent and so on, so that the official (Triton) files are never executed."""
 
     def __init__(self, package: str) -> None:
         self.names = {f"{package}.{module}": functions for module, functions in _SERVED.items()}
+        self.model = f"{package}.yoco"
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(fullname, self) if fullname in self.names else None
+        if fullname in self.names:
+            return importlib.machinery.ModuleSpec(fullname, self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname == self.model else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                _stop_padding(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
     def exec_module(self, module: types.ModuleType) -> None:
         for name in self.names[module.__name__]:
@@ -254,6 +282,7 @@ class _Installation:
         for module, name in self._references():  # modules that are imported already hold references of their own
             self.patched.append((module, name, getattr(module, name)))
             setattr(module, name, globals()[name])
+        _stop_padding(sys.modules.get(self.finder.model))
         if stub_parallel:
             self._add_stubs()
 
@@ -286,6 +315,9 @@ class _Installation:
         """The official functions come back: in modules imported before, what was there; in modules imported since, the
         official function where its module can be imported, else the module is forgotten and its next import decides."""
         sys.meta_path.remove(self.finder)
+        decoder = getattr(sys.modules.get(self.finder.model), "SelfDecoder", None)
+        if isinstance(getattr(decoder, "block_size", None), _BlockSize):
+            del decoder.block_size
         for module, name, original in self.patched:
             setattr(module, name, original)
         for name in self.finder.names:
