@@ -124,7 +124,10 @@ YOCO_DEVICE void store_tile(uint32_t tile, int rows, int dim, bool aligned, RowP
       if (panel * 64 + chunk * 8 >= dim) break;
       uint4 v = load_shared(from + (panel * kRows + i * kStep) * 128);
       if (aligned) {
-        *reinterpret_cast<uint4*>(to + panel * 64) = v;
+        // Spelt out: merged with the other branch the compiler makes four 4-byte stores of it, 4 x the sectors.
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(to + panel * 64), "r"(v.x), "r"(v.y), "r"(v.z),
+                     "r"(v.w)
+                     : "memory");
       } else {
         const Vec<T, 8>& e = *reinterpret_cast<const Vec<T, 8>*>(&v);
 #pragma unroll

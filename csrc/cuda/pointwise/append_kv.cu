@@ -29,7 +29,7 @@ YOCO_DEVICE int64_t cache_offset(const AppendParams& p, const View& cache, int64
 
 template <typename T, typename Cache, bool kVectors, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams p) {
-  __shared__ __align__(16) float cos[kMaxHalf], sin[kMaxHalf];
+  __shared__ __align__(16) float cos[rotary_slot(kMaxHalf)], sin[rotary_slot(kMaxHalf)];
   const Token token = find_token(blockIdx.x, p.time, p.cu_seqlens, p.num_sequences);
   if (token.sequence < 0) return;
   const int64_t position = p.seqused_k[token.sequence] + token.index;
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AppendParams p) 
   if (rotated) {
     for (int i = threadIdx.x; i < p.rotary_dim / 2; i += kThreads) {
       const Rotation r = rotation(turns_per_position(p.inv_freq[i]), position);
-      cos[i] = r.cos;
-      sin[i] = r.sin;
+      cos[rotary_slot(i)] = r.cos;
+      sin[rotary_slot(i)] = r.sin;
     }
     __syncthreads();
   }

@@ -32,7 +32,7 @@ YOCO_DEVICE Rotation table_rotation(const RotaryParams& p, int64_t position, int
 
 template <typename T, bool kVectors, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads) rotary_kernel(const RotaryParams p) {
-  __shared__ __align__(16) float cos[kTokens][kMaxHalf], sin[kTokens][kMaxHalf];
+  __shared__ __align__(16) float cos[kTokens][rotary_slot(kMaxHalf)], sin[kTokens][rotary_slot(kMaxHalf)];
   const int64_t tokens = p.batch * p.time;
   const int64_t first = int64_t(blockIdx.x) * kTokens;
   const int half = static_cast<int>(p.rotary_dim / 2);
@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const RotaryParams p) 
     const int64_t position = token.index + (p.offsets != nullptr ? p.offsets[token.sequence] : 0);
     const Rotation r = p.inv_freq != nullptr ? rotation(turns_per_position(p.inv_freq[pair]), position)
                                              : table_rotation(p, position, pair);
-    cos[slot][pair] = r.cos;
-    sin[slot][pair] = p.inverse ? -r.sin : r.sin;
+    cos[slot][rotary_slot(pair)] = r.cos;
+    sin[slot][rotary_slot(pair)] = p.inverse ? -r.sin : r.sin;
   }
   __syncthreads();
   for (int slot = 0; slot < kTokens && first + slot < tokens; ++slot) {

@@ -6,13 +6,17 @@
 
 namespace yoco::cuda {
 
+// Where the cosine and sine of a pair lie in shared memory. A thread reads 4 or 8 neighbours; one word of padding every
+// 32 puts the threads of a row into different banks. Blocks of 8 pairs stay contiguous.
+YOCO_HOST_DEVICE constexpr int rotary_slot(int pair) { return pair + pair / 32; }
+
 // Sink(value, head) converts a float to the stored type. kPairs pairs per item: kVec<T> (half-split) or kVec<T> / 2
 // (interleaved) when everything is aligned, so that all accesses have 16 bytes; 1 otherwise.
 template <typename T, typename Out, int kPairs, bool kInterleaved, typename Sink>
 YOCO_DEVICE void rotate_item(const T* x, Out* y, int pair, int half, const float* cos, const float* sin, Sink sink) {
   float c[kPairs], s[kPairs];
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) c[i] = cos[pair + i], s[i] = sin[pair + i];
+  for (int i = 0; i < kPairs; ++i) c[i] = cos[rotary_slot(pair) + i], s[i] = sin[rotary_slot(pair) + i];
   if constexpr (kInterleaved && kPairs > 1) {
     float v[2 * kPairs];
     load_float(v, x + 2 * pair);

@@ -1,0 +1,39 @@
+"""What the CUDA kernels issue and move, counted by the emulator: a change that wastes memory traffic fails here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+counters = importlib.import_module("bench.counters")
+
+# The aim is 1.15; what is above it, and why (docs/cuda_counters.md).
+SHARED = {"rms_norm backward": 1.6}  # sums of few rows through shared memory, once per block
+TENSOR = {"decode": 8.01, "retention backward": 2.0, "deterministic": 1.41, "retention forward": 1.65}
+
+
+def allowed(exceptions: dict[str, float], name: str) -> float:
+    return next((limit for part, limit in exceptions.items() if part in name), 1.15)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.backends("emulated")
+def test_nothing_is_wasted(backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PTXSIM_STATS", str(tmp_path / "counters.json"))
+    seen = 0
+    for case in counters.cases():
+        name, tensor, _, sectors, shared = (
+            cell.strip()
+            for cell in counters.row(case, counters.count(case, tmp_path / "counters.json")).split("|")[1:-1]
+        )
+        assert float(sectors) <= 1.15, f"{name}: {sectors} x the sectors of its accesses"
+        assert float(shared or 1) <= allowed(SHARED, name), f"{name}: {shared} x the shared-memory wavefronts"
+        if tensor and "D 256" not in name:  # with the SMs of a whole GPU, wide states are cut into more blocks
+            assert float(tensor) <= allowed(TENSOR, name), f"{name}: {tensor} x the useful tensor-core FLOP"
+        seen += 1
+    assert seen > 30
