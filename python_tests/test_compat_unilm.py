@@ -201,7 +201,7 @@ def test_rms_norm_promotes_like_the_official_one():
 
 # ---- the official files themselves ---------------------------------------------------------------------------------
 needs_checkout = pytest.mark.skipif(
-    "UNILM_YOCO" not in os.environ, reason="UNILM_YOCO names no checkout of the official YOCO/yoco folder"
+    not os.environ.get("UNILM_YOCO"), reason="UNILM_YOCO names no checkout of the official YOCO/yoco folder"
 )
 
 
