@@ -83,6 +83,28 @@ def window(device, dtype, time, heads, dim, left, *, batch=1, backward=False) ->
     return _case("window", shape, dtype, flops, 4 * q.numel() * SIZE[dtype], runs, [q, k, v], backward)
 
 
+def differential(device, dtype, time, heads, dim, *, batch=1, backward=False) -> Case:
+    """Differential attention, `heads` pairs; the peers' way is four attention calls, difference and norm in torch."""
+    q, k = (_randn(batch, time, 2 * heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(2))
+    v = _randn(batch, time, heads, 2 * dim, dtype=dtype, device=device, grad=backward)
+    weight = _randn(2 * dim, dtype=dtype, device=device)
+    runs = {OURS: lambda q, k, v: yoco_ext.differential_attention(q, k, v, 0.6, weight, lambda_init=0.2)}
+    four = {
+        "four calls of yoco_ext": yoco_ext.attention,
+        "four calls of sdpa": lambda q, k, v: peers.sdpa(q, k, v, causal=True),
+    }
+    if device.type == "cuda" and dtype != torch.float32:
+        four["four calls of sdpa cudnn"] = lambda q, k, v: peers.sdpa_cudnn(q, k, v, causal=True)
+        four |= {f"four calls of {name}": run for name, run in peers.gpu_attention_peers((-1, -1)).items()}
+    for name, attend in four.items():
+        runs[name] = lambda q, k, v, attend=attend: peers.differential(attend, q, k, v, 0.6, weight, 0.2)
+    # Useful work: both softmaxes once, each over values of twice the dimension.
+    flops = visible_pairs(time, time) * batch * heads * 12 * dim
+    bytes_ = 4 * q.numel() * SIZE[dtype]
+    shape = f"B{batch} T{time} H{heads} D{dim}/{2 * dim} causal"
+    return _case("differential", shape, dtype, flops, bytes_, runs, [q, k, v], backward)
+
+
 def retention(device, dtype, batch, time, heads, dim, *, backward=False, reference=False) -> Case:
     q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
     g = torch.nn.functional.logsigmoid(torch.randn(batch, time, heads, device=device)).div(16).requires_grad_(backward)
@@ -170,6 +192,8 @@ def cpu_suite(quick: bool) -> Iterator[Case]:
             for time in times:
                 yield retention(device, dtype, 1, time, 8, dim, reference=time == 4096)
             yield retention(device, dtype, 1, 4096, 8, dim, backward=True)
+    yield differential(device, torch.bfloat16, 4096, 4, 64)
+    yield differential(device, torch.bfloat16, 4096, 4, 64, backward=True)
     for cache_dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
         yield decode(device, torch.bfloat16, 1, 32768, cache_dtype=cache_dtype)
     yield decode(device, torch.bfloat16, 4, 16384)
@@ -200,6 +224,9 @@ def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> Iter
                 yield attention(
                     device, dtype, time, 24, 128, time_k=time_k, heads_kv=8, backward=backward, flex=not quick
                 )
+    for dim in (64, 128):
+        for backward in (False, True):
+            yield differential(device, dtype, 8192, hidden // (2 * dim), dim, batch=2, backward=backward)
     shapes = [
         (1, 8192, 96, 128),
         (2, 16384, 16, 128),

@@ -26,6 +26,16 @@ def sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
         return sdpa(q, k, v, causal=causal)
 
 
+def differential(
+    attend: Callable, q: Tensor, k: Tensor, v: Tensor, lam: float, weight: Tensor, lambda_init: float
+) -> Tensor:
+    """Differential attention as it is commonly written, with attention kernels that want one head dimension: q1 k1 and
+    q2 k2 against each half of v. q, k [B, T, 2 H, D], v [B, T, H, 2 D]."""
+    halves = v.chunk(2, -1)
+    first, second = (torch.cat([attend(q[:, :, i::2], k[:, :, i::2], half) for half in halves], -1) for i in (0, 1))
+    return F.rms_norm(first - lam * second, weight.shape, weight, 1e-5) * (1 - lambda_init)
+
+
 def window_mask(time_q: int, time_k: int, left: int, device: torch.device) -> Tensor:
     """Boolean [time_q, time_k]: causal, `left` keys before the diagonal; aligned bottom-right."""
     row = torch.arange(time_q, device=device)[:, None] + time_k - time_q

@@ -37,6 +37,8 @@ def test_every_case_of_the_gpu_suite_runs_without_memory() -> None:
         *(f"retention {way} B{b} T{t} H{h} D{d}" for way in ("forward", "backward") for b, t, h, d in
           ((1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (4, 4096, 64, 128), (8, 2048, 32, 256),
            (8, 1024, 8, 64))),
+        *(f"differential {way} B2 T8192 H{1024 // d} D{d}/{2 * d} causal"
+          for way in ("forward", "backward") for d in (64, 128)),
         "retention forward B1 T1048576 H24 D128",
         *(f"decode B{b} Tk{t} H24/8 D128 {dtype} cache" for b in (1, 8, 64) for t in (4096, 131072, 1048576)
           for dtype in ("bfloat16", "float8_e4m3fn") if b * t <= 2**23),
@@ -63,6 +65,15 @@ def test_a_peer_that_cannot_run_is_listed_and_our_failure_is_an_error() -> None:
     assert len(calls) - before == 2 + 5 * 50 and many.rounds == 5
     with pytest.raises(RuntimeError, match="no such kernel"):
         harness.measure(harness.Case("op", "shape", torch.float32, 1, 1, {harness.OURS: fail}), timer)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_differential_peers_compute_the_same(backward: bool) -> None:
+    case = cases.differential(torch.device("cpu"), torch.float32, 33, 2, 16, batch=2, backward=backward)
+    results = {name: run() for name, run in case.runs.items()}
+    assert len(results) == 3
+    for result in results.values():
+        torch.testing.assert_close(result, results[harness.OURS], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("time_q", "time_k", "left"), [(5, 5, -1), (3, 9, -1), (9, 9, 3), (4, 9, 2), (6, 9, 4)])

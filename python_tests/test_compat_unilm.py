@@ -238,6 +238,10 @@ def test_official_model_trains_prefills_and_decodes(official, window, length):
             prompt = length - 8
             first, _ = model(tokens[:, :prompt], incremental_state=memory, is_prefilling=True)
             torch.testing.assert_close(first, logits[:, :prompt], atol=1e-4, rtol=1e-4)
+            later: dict = {}  # the same prompt in two pieces
+            model(tokens[:, :5], incremental_state=later, is_prefilling=True)
+            rest, _ = model(tokens[:, 5:prompt], start_pos=5, incremental_state=later, is_prefilling=True)
+            torch.testing.assert_close(rest, logits[:, 5:prompt], atol=1e-4, rtol=1e-4)
             for t in range(prompt, length):
                 step, _ = model(tokens[:, t : t + 1], start_pos=t, incremental_state=memory, is_prefilling=False)
                 torch.testing.assert_close(step[:, 0], logits[:, t], atol=1e-4, rtol=1e-4)
