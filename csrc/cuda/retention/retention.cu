@@ -46,7 +46,7 @@ constexpr int kGateWarps = 4;
 
 struct GateGradient {
   View dg;
-  const float* q_dots;    // [blocks, heads, batch * time]
+  const float* q_dots;    // [blocks, heads, batch * time]; blocks: of columns of the head dim
   const float* k_dots;    // the same
   const float* boundary;  // [blocks, heads, group slots]
   int blocks;
@@ -120,6 +120,9 @@ struct Plan {
 // Chunks to an anchor. A float32 state costs as much memory traffic as two tensors of a chunk, written and read.
 constexpr int kGroupChunks = 16;
 
+// Columns over which the Hopper kernels leave a sum of their own for the gate gradient; the others do so per block.
+constexpr int kHopperPart = 64;
+
 constexpr int64_t round_up(int64_t n) { return ceil_div(n, 256) * 256; }
 
 // dim_k and dim_v: the largest of the runs. num_runs: that run at the same time.
@@ -165,17 +168,23 @@ const char* launch_instance(const RetentionGrid& grid, const Plan& plan, const L
   }
 }
 
+// Whether the Hopper kernels take these runs. The runs of one backward must agree: they hand states to each other.
+bool takes_hopper(const RetentionGrid& grid, const Plan& plan, const Launch& launch) {
+#if YOCO_HAS_SM90
+  return !plan.simple && compute_capability(launch.device) == 90 && retention_fits_sm90(grid, plan.instance);
+#else
+  return false;
+#endif
+}
+
 // The runs of `grid`, with as many passes as segments need. segments: their memory.
 template <bool kBackward>
-const char* launch_runs(RetentionGrid& grid, const Plan& plan, DType dtype, char* segments, const Launch& launch) {
+const char* launch_runs(RetentionGrid& grid, const Plan& plan, DType dtype, char* segments, bool hopper,
+                        const Launch& launch) {
   if (plan.simple) return launch_retention_simple(grid, launch);
-  bool hopper = false;
-#if YOCO_HAS_SM90
-  hopper = !kBackward && compute_capability(launch.device) == 90 && retention_fits_sm90(grid, plan.instance);
-#endif
   const auto pass = [&]() {
 #if YOCO_HAS_SM90
-    if (hopper) return launch_retention_sm90(grid, plan.instance, dtype, launch);
+    if (hopper) return launch_retention_sm90(grid, plan.instance, dtype, kBackward, launch);
 #endif
     return dtype == DType::kBFloat16 ? launch_instance<__nv_bfloat16, kBackward>(grid, plan, launch)
                                      : launch_instance<__half, kBackward>(grid, plan, launch);
@@ -244,11 +253,12 @@ BackwardPlan make_backward_plan(const RetentionBackwardParams& p, const Launch& 
   }
   RetentionGrid grid = make_grid(p, plan.first);
   const int64_t rows = plan.first.blocks_v * p.heads, slots = group_slots(grid);
+  const int64_t parts = plan.first.simple ? rows : rows * ceil_div(plan.first.instance.block_v, kHopperPart);
   BackwardMemory& at = plan.at;
   at.q_dots = 0;
-  at.k_dots = at.q_dots + round_up(rows * p.batch * p.time * 4);
-  at.boundary = at.k_dots + round_up(rows * p.batch * p.time * 4);
-  at.group_states = at.boundary + round_up(rows * slots * 4);
+  at.k_dots = at.q_dots + round_up(parts * p.batch * p.time * 4);
+  at.boundary = at.k_dots + round_up(parts * p.batch * p.time * 4);
+  at.group_states = at.boundary + round_up(parts * slots * 4);
   at.segments = at.group_states + round_up(rows * slots * block_state_size(plan.first.instance) * 4);
   at.total = at.segments + std::max(plan.first.segment_bytes, 2 * plan.second.segment_bytes);
   return plan;
@@ -269,7 +279,8 @@ const char* retention_forward(const RetentionParams& p, const Launch& launch) {
   RetentionGrid grid = make_grid(p, plan);
   grid.num_runs = 1;
   grid.runs[0] = forward_run(p);
-  return launch_runs<false>(grid, plan, p.dtype, static_cast<char*>(p.workspace), launch);
+  const bool hopper = takes_hopper(grid, plan, launch);
+  return launch_runs<false>(grid, plan, p.dtype, static_cast<char*>(p.workspace), hopper, launch);
 }
 
 size_t retention_backward_workspace(const RetentionBackwardParams& p, const Launch& launch) {
@@ -313,17 +324,17 @@ const char* retention_backward(const RetentionBackwardParams& p, const Launch& l
   RetentionGrid first = make_grid(p, plan.first);
   first.num_runs = 1;
   first.runs[0] = dq;
-  if (const char* message = launch_runs<true>(first, plan.first, p.dtype, workspace + plan.at.segments, launch))
-    return message;
   RetentionGrid second = make_grid(p, plan.second);
   second.num_runs = 2;
   second.runs[0] = dk;
   second.runs[1] = dv;
-  if (const char* message = launch_runs<true>(second, plan.second, p.dtype, workspace + plan.at.segments, launch))
-    return message;
+  const bool hopper = takes_hopper(first, plan.first, launch) && takes_hopper(second, plan.second, launch);
+  char* const segments = workspace + plan.at.segments;
+  if (const char* message = launch_runs<true>(first, plan.first, p.dtype, segments, hopper, launch)) return message;
+  if (const char* message = launch_runs<true>(second, plan.second, p.dtype, segments, hopper, launch)) return message;
 
   const GateGradient gate{p.dg, dq.dots, dk.dots, dk.boundary,
-                          static_cast<int>(ceil_div(p.dim_k, plan.first.instance.block_v))};
+                          static_cast<int>(ceil_div(p.dim_k, hopper ? kHopperPart : plan.first.instance.block_v))};
   const int64_t rows = p.heads * (p.num_sequences + (p.cu_seqlens != nullptr ? 1 : 0));
   const dim3 blocks(static_cast<unsigned>(rows),
                     static_cast<unsigned>(clamp_index(chunks_of(p.time) / (4 * kGateWarps), 1, 1024)));

@@ -2,6 +2,7 @@
 // uses.
 #pragma once
 
+#include "cuda/core/reduce.cuh"
 #include "cuda/core/sm90.cuh"
 #include "cuda/retention/item.cuh"
 #include "cuda/retention/sm90/run.h"
@@ -15,24 +16,28 @@ struct RunShape {
   static constexpr int kThreads = (2 + kGroups) * kWarpgroup;
   // dim_k = 64 leaves room for two blocks on an SM; the others fill it with stages.
   static constexpr int kBlocksPerSM = kDimK == 64 && !kBackward ? 2 : 1;
-  static constexpr int kStages = kDimK == 128 && kBlockV == 64 ? 4 : 3;
+  static constexpr int kStages = kDimK == 128 && kBlockV == 64 ? 4 : kDimK == 64 && kBackward ? 5 : 3;
   static constexpr int kScoreStages = 2;
   // Registers per thread of the producer, the scores and the state warpgroups: multiples of 8 whose sum over the
-  // warpgroups is what the block starts with.
+  // warpgroups is at most what the block starts with.
   static constexpr int kLoadRegisters = 40;
-  static constexpr int kScoreRegisters = kGroups == 2 ? 88 : kBlocksPerSM == 2 ? 72 : 136;
-  static constexpr int kStateRegisters = kGroups == 2 ? 192 : kBlocksPerSM == 2 ? 128 : 240;
+  static constexpr int kScoreRegisters = kGroups == 2 ? 72 : kBlocksPerSM == 2 ? 64 : 136;
+  static constexpr int kStateRegisters = kGroups == 2 ? 200 : kBlocksPerSM == 2 ? 136 : 240;
 
-  // A stage: Q, K, V and the gates of a chunk.
+  // A stage: Q, K, V of a chunk; backward also X, where O takes its place.
   static constexpr int kTileK = kDimK / 64 * kPanelBytes, kTileV = kBlockV / 64 * kPanelBytes;
-  static constexpr int kK = kTileK, kV = 2 * kTileK, kStageBytes = 2 * kTileK + kTileV;
+  static constexpr bool kOutInStage = kBackward;
+  static constexpr int kK = kTileK, kV = 2 * kTileK, kX = kV + kTileV, kStageBytes = kX + (kBackward ? kTileV : 0);
+  // Then P, O, the small arrays and the barriers.
   static constexpr int kScores = kStages * kStageBytes;
   static constexpr int kOut = kScores + kScoreStages * kPanelBytes;
-  static constexpr int kGates = kOut + kGroups * kPanelBytes;
-  static constexpr int kBarriers = kGates + kStages * static_cast<int>(sizeof(ChunkGates));
-  static constexpr int kFull = kBarriers, kEmpty = kFull + 8 * kStages;
+  static constexpr int kGates = kOut + (kOutInStage ? 0 : kTileV);
+  static constexpr int kDots = kGates + kStages * static_cast<int>(sizeof(ChunkGates));
+  static constexpr int kWarpSums = kDots + (kBackward ? kGroups * 8 * kChunk * 4 : 0);
+  static constexpr int kFull = kWarpSums + (kBackward ? kGroups * 16 : 0), kEmpty = kFull + 8 * kStages;
   static constexpr int kScoresFull = kEmpty + 8 * kStages, kScoresEmpty = kScoresFull + 8 * kScoreStages;
   static constexpr int kBytes = kScoresEmpty + 8 * kScoreStages + 1024;  // + alignment
+  static_assert(kBlocksPerSM * (kBytes + 1024) <= 228 * 1024);
 };
 
 // Which tokens a block visits, and where its shared memory lies. Tokens of a batch row fit 31 bits here (run.h), which

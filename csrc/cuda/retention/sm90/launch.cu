@@ -20,12 +20,12 @@ const char* chunk_map(CUtensorMap& map, DType dtype, const RetentionGrid& p, con
   return make_tensor_map(map, map_type(dtype), kSize, origin, dims);
 }
 
-template <typename T>
+template <typename T, bool kBackward>
 const char* launch_instance(const RetentionGrid& p, const RetentionMaps& maps, const RetentionInstance& instance,
                             const Launch& launch) {
-  if (instance.dim_k == 64) return launch_retention_sm90<T, 64, 64, false>(p, maps, launch);
-  return instance.block_v == 64 ? launch_retention_sm90<T, 128, 64, false>(p, maps, launch)
-                                : launch_retention_sm90<T, 128, 128, false>(p, maps, launch);
+  if (instance.dim_k == 64) return launch_retention_sm90<T, 64, 64, kBackward>(p, maps, launch);
+  return instance.block_v == 64 ? launch_retention_sm90<T, 128, 64, kBackward>(p, maps, launch)
+                                : launch_retention_sm90<T, 128, 128, kBackward>(p, maps, launch);
 }
 
 }  // namespace
@@ -41,7 +41,7 @@ bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instan
   return true;
 }
 
-const char* launch_retention_sm90(const RetentionGrid& p, const RetentionInstance& instance, DType dtype,
+const char* launch_retention_sm90(const RetentionGrid& p, const RetentionInstance& instance, DType dtype, bool backward,
                                   const Launch& launch) {
   RetentionMaps maps{};
   for (int r = 0; r < p.num_runs; ++r) {
@@ -61,8 +61,12 @@ const char* launch_retention_sm90(const RetentionGrid& p, const RetentionInstanc
       if (const char* message = chunk_map(t.map, dtype, p, t.view, t.dim)) return message;
     }
   }
-  return dtype == DType::kBFloat16 ? launch_instance<__nv_bfloat16>(p, maps, instance, launch)
-                                   : launch_instance<__half>(p, maps, instance, launch);
+  if (dtype == DType::kBFloat16) {
+    return backward ? launch_instance<__nv_bfloat16, true>(p, maps, instance, launch)
+                    : launch_instance<__nv_bfloat16, false>(p, maps, instance, launch);
+  }
+  return backward ? launch_instance<__half, true>(p, maps, instance, launch)
+                  : launch_instance<__half, false>(p, maps, instance, launch);
 }
 
 }  // namespace yoco::cuda

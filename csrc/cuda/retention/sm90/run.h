@@ -25,7 +25,7 @@ template <typename T, int kDimK, int kBlockV, bool kBackward>
 const char* launch_retention_sm90(const RetentionGrid& p, const RetentionMaps& maps, const Launch& launch);
 
 // Picks the instance. dtype: bfloat16 or float16.
-const char* launch_retention_sm90(const RetentionGrid& p, const RetentionInstance& instance, DType dtype,
+const char* launch_retention_sm90(const RetentionGrid& p, const RetentionInstance& instance, DType dtype, bool backward,
                                   const Launch& launch);
 
 }  // namespace yoco::cuda

@@ -1,5 +1,5 @@
 #include "cuda/retention/sm90/run_kernel.cuh"
 
 namespace yoco::cuda {
-YOCO_RETENTION_SM90_INSTANCE(__nv_bfloat16, 64, 64)
+YOCO_RETENTION_SM90_INSTANCES(__nv_bfloat16, 64, 64)
 }  // namespace yoco::cuda

@@ -1,5 +1,5 @@
 #include "cuda/retention/sm90/run_kernel.cuh"
 
 namespace yoco::cuda {
-YOCO_RETENTION_SM90_INSTANCE(__half, 64, 64)
+YOCO_RETENTION_SM90_INSTANCES(__half, 64, 64)
 }  // namespace yoco::cuda
