@@ -36,7 +36,7 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-# the packages that yoco_ext.compat serves: without them the tests of test_compat_fla.py and -transformers.py are skipped
+# the packages that yoco_ext.compat serves: without them the tests of test_compat_fla.py and test_compat_transformers*.py are skipped
 $(VENV)/.compat: $(VENV)/.installed requirements-compat.txt
 	$(PY) -m pip install --quiet -r requirements-compat.txt
 	touch $@

@@ -95,6 +95,15 @@ class YOCOCache:
         for state in self.states:
             state.zero_()
 
+    def select(self, rows: Tensor) -> None:
+        """Keeps these sequences, int64 [new batch size], in this order; one may be named several times."""
+        rows = rows.to(self.device)
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.seqlens = self.seqlens[rows]
+        self.states = [state[rows] for state in self.states]
+        self.rings = [KVRing(ring.k[rows], ring.v[rows]) for ring in self.rings]
+        self.kv = KVCache(self.kv.k[rows], self.kv.v[rows], self._sequence_starts(self.kv.capacity))
+
     def reserve(self, length: int) -> None:
         """Makes room for sequences of this length."""
         if length <= self.kv.capacity:
@@ -110,8 +119,10 @@ class YOCOCache:
     def _allocate(self, capacity: int) -> None:
         shape = (self.batch_size, capacity, self.config.num_kv_heads, self.config.head_dim)
         k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        boundaries = torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.device) * capacity
-        self.kv = KVCache(k, v, boundaries)
+        self.kv = KVCache(k, v, self._sequence_starts(capacity))
+
+    def _sequence_starts(self, capacity: int) -> Tensor:
+        return torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.device) * capacity
 
     def chunk(self, time: int, counts: Sequence[int] | None = None) -> Chunk:
         """Describes new tokens [B, time], of which the first counts[b] of each row are real."""
