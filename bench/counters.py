@@ -123,6 +123,24 @@ def pointwise() -> Iterator[Counted]:
         "retention_output, 256 x 16 heads of 128", 0, 3 * size(o), lambda: raw.retention_output(o, gate, 1e-5)
     )
     yield Counted("retention_output backward", 0, 5 * size(o), lambda: raw.retention_output_backward(d, o, gate, 1e-5))
+    pairs, d_pairs, lam = randn(1, 256, 32, 128), randn(1, 256, 16, 128), torch.rand(1, 256, 16)
+    options = (True, False, 1e-5, 0.8)  # norm, lambda as it is, eps, scale
+    yield Counted(
+        "differential_combine, 256 x 16 pairs of 128",
+        0,
+        size(pairs, d_pairs, lam),
+        lambda: raw.differential_combine(pairs, lam, w[:128], *options),
+    )
+    yield Counted(
+        "differential_combine backward",
+        0,
+        2 * size(pairs, lam) + size(d_pairs),
+        lambda: raw.differential_combine_backward(d_pairs, pairs, lam, w[:128], *options, 3),
+    )
+    yield Counted("gated_memory, 1024 x 2048", 0, 3 * size(x) + size(w), lambda: raw.gated_memory(x, r, w, 1, 1e-5))
+    yield Counted(
+        "gated_memory backward", 0, 5 * size(x) + size(w), lambda: raw.gated_memory_backward(dy, x, r, w, 1, 1e-5)
+    )
     frequencies = torch.rand(64)
     yield Counted("rotary", 0, 2 * size(o), lambda: ops.rotary(o, frequencies))
     for stored in (BF16, torch.float8_e4m3fn, torch.int8):

@@ -27,6 +27,13 @@ YOCO_DEVICE T* row_of(const View& v, const Row& row) {
   return static_cast<T*>(v.data) + row.batch * v.batch_stride + row.time * v.time_stride + row.head * v.head_stride;
 }
 
+// Floats between the weight sums of two groups of lanes: rows of `dim` in whole vectors of all lanes, shifted so that
+// the two groups of a warp do not meet in a bank.
+template <int N, int kLanes>
+__host__ __device__ constexpr int64_t sum_stride(int64_t dim) {
+  return (dim + kLanes * N - 1) / (kLanes * N) * (kLanes * N) + (kLanes < 32 ? kLanes : 0);
+}
+
 // How two elements become one, and what a gradient of the one means for the two.
 template <PairKind kKind>
 struct Source;
@@ -133,7 +140,7 @@ template <typename T, int N, int kLanes, PairKind kKind>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const PairNormBackwardParams p, int64_t rows_per_part, float* partial) {
   constexpr int kItems = Source<kKind>::kItems, kGroups = kThreads / kLanes;
-  // [kGroups][padded dim]: element j of a lane's vector `item` at (item * N + j) * kLanes + lane, so that a warp's sums
+  // [kGroups][stride]: element j of a lane's vector `item` at (item * N + j) * kLanes + lane, so that a warp's sums
   // lie in different banks; each column has one owning lane per group.
   extern __shared__ __align__(16) float weight_sum[];
   __shared__ float scratch[kThreads / 32];
@@ -142,10 +149,10 @@ __global__ void __launch_bounds__(kThreads)
   const void* weight = weight_of_head<T>(p, blockIdx.y);
   const bool float_weight = p.weight_dtype == DType::kFloat32;
   const float scale = static_cast<float>(p.scale);
-  const int padded = (dim + kLanes * N - 1) / (kLanes * N) * (kLanes * N);
-  float* sums = weight_sum + group * padded + lane;
+  const int stride = static_cast<int>(sum_stride<N, kLanes>(dim));
+  float* sums = weight_sum + group * stride + lane;
   if (partial != nullptr) {
-    for (int i = 0; i < padded; i += kLanes) sums[i] = 0.f;
+    for (int i = 0; i < stride; i += kLanes) sums[i] = 0.f;
   }
   const int64_t begin = int64_t(blockIdx.x) * rows_per_part;
   const int64_t end = min(begin + rows_per_part, rows);
@@ -225,7 +232,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int column = threadIdx.x; column < dim; column += kThreads) {
     const int vector = column / N, at = (vector / kLanes * N + column % N) * kLanes + vector % kLanes;
     float sum = 0.f;
-    for (int g = 0; g < kGroups; ++g) sum += weight_sum[g * padded + at];
+    for (int g = 0; g < kGroups; ++g) sum += weight_sum[g * stride + at];
     partial[(int64_t(blockIdx.x) * gridDim.y + blockIdx.y) * dim + column] = sum;
   }
 }
@@ -291,7 +298,7 @@ const char* pair_norm_backward(const PairNormBackwardParams& p, const Launch& la
       const int64_t y = weight_heads(p), weights = y * p.dim;
       const Parts split = split_rows(p.batch * p.time * p.heads / y, kGroups);
       auto* partial = p.d_weight != nullptr ? static_cast<float*>(p.workspace) : nullptr;
-      const size_t shared = partial != nullptr ? kGroups * ceil_div(p.dim, lanes * n) * (lanes * n) * sizeof(float) : 0;
+      const size_t shared = partial != nullptr ? kGroups * sum_stride<n, lanes>(p.dim) * sizeof(float) : 0;
       const dim3 grid(static_cast<unsigned>(split.parts), static_cast<unsigned>(y));
       const char* message = launch_kernel(backward_kernel<T, n, lanes, kind>, grid, kThreads, shared, launch, p,
                                           split.rows_per_part, partial);
