@@ -174,6 +174,28 @@ def test_every_stored_number(backend: Backend) -> None:
             torch.testing.assert_close(out.double(), codes.double().flatten(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_more_rows_than_one_tile(backend: Backend) -> None:
+    """16 tokens of 6 heads per KV head: 96 packed rows, so K and V are read by two row tiles."""
+    for dtype in backend.dtypes:
+        for cache_dtype in (None, torch.float8_e4m3fn):
+            lengths = lengths_for(backend, [300, 70])
+            check(backend, make(backend, dtype, lengths, time=16, heads=(12, 2), cache_dtype=cache_dtype))
+
+
+def test_broadcast_caches(backend: Backend) -> None:
+    """One prompt's cache for all sequences, one KV head for all: dimensions of stride 0."""
+    for dtype in backend.dtypes:
+        case = make(backend, dtype, [90, 90], heads=(4, 2))
+        for dim in (0, 2):
+            k, v = (x.narrow(dim, 0, 1).expand_as(x) for x in (case.k, case.v))
+            shared = Case(case.q, k, v, case.seqused_k)
+            same = Case(case.q, k.contiguous(), v.contiguous(), case.seqused_k)
+            check(backend, shared)
+            if backend.fused:
+                got, expected = (c.run(backend.ops.attention_decode) for c in (shared, same))
+                assert numerics.bitwise_equal(got, expected)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"window": (40, 0)},
     "narrow window": {"window": (0, 0)},

@@ -77,6 +77,20 @@ YOCO_DEVICE void named_arrive(int id, int threads) {
   asm volatile("barrier.cta.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
+// A barrier that also tells whether `flag` was true in any of its threads.
+YOCO_DEVICE bool named_sync_or(int id, int threads, bool flag) {
+  uint32_t any;
+  asm volatile(
+      "{\n.reg .pred p, q;\n"
+      "setp.ne.u32 p, %3, 0;\n"
+      "barrier.cta.red.or.pred q, %1, %2, p;\n"
+      "selp.u32 %0, 1, 0, q;\n}\n"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(uint32_t(flag))
+      : "memory");
+  return any != 0;
+}
+
 // ---- registers: every warp of the warpgroup executes it; multiples of 8
 // -------------------------------------------------
 template <int kRegisters>
@@ -108,6 +122,15 @@ YOCO_DEVICE void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barr
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
       "[%2];\n" ::"r"(shared),
       "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+// With a cache policy (createpolicy).
+YOCO_DEVICE void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, uint64_t policy, int c0, int c1,
+                          int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%4, %5, %6, %7}], [%2], %3;\n" ::"r"(shared),
+      "l"(&map), "r"(barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
 YOCO_DEVICE void tma_store(const CUtensorMap& map, uint32_t shared, int c0, int c1, int c2, int c3) {
@@ -188,6 +211,8 @@ struct Atom;
     using Shared = cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_SS<kA, kB>;            \
     using Registers = cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_RS<Major::K, kB>;   \
   };
+YOCO_WGMMA_ATOM(8)
+YOCO_WGMMA_ATOM(16)
 YOCO_WGMMA_ATOM(32)
 YOCO_WGMMA_ATOM(64)
 YOCO_WGMMA_ATOM(80)

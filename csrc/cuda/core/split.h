@@ -19,7 +19,7 @@ YOCO_HOST_DEVICE int64_t decode_splits(int64_t max_tiles, int64_t items, int64_t
 // Tiles [begin, end) of piece `split` when `tiles` are cut into at most `splits` pieces of at least `min_tiles`; the
 // pieces behind the last tile are empty. Depends on the real length only, not on the size of the buffer.
 YOCO_HOST_DEVICE KeyRange split_tiles(int64_t tiles, int64_t splits, int64_t min_tiles, int64_t split) {
-  int64_t per_split = (tiles + splits - 1) / splits;
+  int64_t per_split = static_cast<uint32_t>(tiles + splits - 1) / static_cast<uint32_t>(splits);  // 32 bits: on the GPU
   if (per_split < min_tiles) per_split = min_tiles;
   const int64_t begin = clamp_index(split * per_split, 0, tiles);
   return KeyRange{begin, clamp_index(begin + per_split, 0, tiles)};

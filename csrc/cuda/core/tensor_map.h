@@ -36,10 +36,12 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 
 // A map for `type` with boxes of dims[i].box, 128-byte swizzle when `swizzle` (the innermost box is then 128 bytes),
-// zero outside the tensor. Empty dimensions count as 1 (never loaded from). Returns null or a message.
+// zero outside the tensor. `promotion`: what a miss fetches into L2. Empty dimensions count as 1 (never loaded from).
+// Returns null or a message.
 template <int kRank>
 const char* make_tensor_map(CUtensorMap& map, CUtensorMapDataType type, size_t element_bytes, const void* data,
-                            const MapDim (&dims)[kRank], bool swizzle = true) {
+                            const MapDim (&dims)[kRank], bool swizzle = true,
+                            CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   const auto encode = tensor_map_encoder();
   if (encode == nullptr)
     return "the CUDA driver has no cuTensorMapEncodeTiled: it is older than the Hopper kernels need";
@@ -52,10 +54,9 @@ const char* make_tensor_map(CUtensorMap& map, CUtensorMapDataType type, size_t e
     // The stride of a dimension of size 1 means nothing and may be anything in PyTorch.
     if (i > 0) strides[i - 1] = dims[i].size > 1 ? cuuint64_t(dims[i].stride) * element_bytes : 16;
   }
-  const CUresult result =
-      encode(&map, type, kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      &map, type, kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a tensor";
 }
 

@@ -102,30 +102,25 @@ YOCO_DEVICE void multiply_pv(float (&o)[C::kD / 8][4], const uint32_t (&p)[C::kT
   }
 }
 
+// Keys that some rows see and others do not may hold NaN or infinity in V, and the product would take 0 * NaN into rows
+// that do not see them. Such a tile (they are rare) is repaired first: what is not finite is added here to the rows
+// that see it and becomes zero in the tile, so that the product gives the other rows the bits that they always have.
 template <typename Cache>
 YOCO_DEVICE bool is_finite(Cache x) {
   return fabsf(to_float(x)) < INFINITY;
 }
-
-// The product above gives NaN where a key that a row does not see holds NaN or infinity (0 * NaN). Only tiles with keys
-// that some rows see and others do not can do that; if such a tile has one, it goes this way: no product with a key
-// that is not seen. Rare, so it is small rather than fast: the accumulator goes through local memory to keep the loops
-// rolled.
 template <typename C>
 YOCO_DEVICE bool any_not_finite(const char* v_tile, int first, int lane) {
+  const auto* v = reinterpret_cast<const typename C::Cache*>(v_tile + first * C::kRowBytes);
   bool found = false;
-#pragma unroll 1
-  for (int i = lane; i < C::kTeamKeys * C::kChunks; i += 32) {
-    const auto* at = reinterpret_cast<const typename C::Cache*>(
-        v_tile + swizzled<C::kChunks>(first + i / C::kChunks, i % C::kChunks));
-#pragma unroll 1
-    for (int e = 0; e < kVec<typename C::Cache>; ++e) found |= !is_finite(at[e]);
-  }
+#pragma unroll 4
+  for (int i = lane; i < C::kTeamKeys * C::kD; i += 32) found |= !is_finite(v[i]);
   return __any_sync(0xffffffffu, found);
 }
+// Called by all warps of the team. The accumulator goes through local memory to keep the loops rolled.
 template <typename C, typename Sees>
-YOCO_DEVICE void multiply_pv_seen(float (&o)[C::kD / 8][4], const uint32_t (&p)[C::kTeamKeys / 16][4],
-                                  const char* v_tile, int first, int lane, Sees sees) {
+YOCO_DEVICE void take_out_not_finite(float (&o)[C::kD / 8][4], const uint32_t (&p)[C::kTeamKeys / 16][4], char* v_tile,
+                                     int first, int lane, Sees sees) {
   using M = typename C::M;
   using Cache = typename C::Cache;
   constexpr int kPerChunk = kVec<Cache>;
@@ -158,7 +153,8 @@ YOCO_DEVICE void multiply_pv_seen(float (&o)[C::kD / 8][4], const uint32_t (&p)[
           const int column = output_column<C::kNarrow>(n, lane, e);
           const auto* chunk =
               reinterpret_cast<const Cache*>(v_tile + swizzled<C::kChunks>(first + key, column / kPerChunk));
-          sum[n][2 * h + e] += weight * to_float(chunk[column % kPerChunk]);
+          const Cache value = chunk[column % kPerChunk];
+          if (!is_finite(value)) sum[n][2 * h + e] += weight * to_float(value);
         }
       }
     }
@@ -168,12 +164,26 @@ YOCO_DEVICE void multiply_pv_seen(float (&o)[C::kD / 8][4], const uint32_t (&p)[
 #pragma unroll
     for (int i = 0; i < 4; ++i) o[n][i] = sum[n][i];
   }
+  const auto team_barrier = [] {
+    if constexpr (C::kRowWarps == 1) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  };
+  team_barrier();
+  auto* v = reinterpret_cast<Cache*>(v_tile + first * C::kRowBytes);
+#pragma unroll 1
+  for (int i = C::kRowWarps == 1 ? lane : threadIdx.x; i < C::kTeamKeys * C::kD; i += 32 * C::kRowWarps) {
+    if (!is_finite(v[i])) v[i] = from_float<Cache>(0.f);
+  }
+  team_barrier();
 }
 
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident)
     decode_kernel(const DecodeParams p, const DecodeSegment segment, const DecodePartials partials,
-                  const int64_t row_tiles, const int stages) {
+                  const uint32_t row_tiles, const int stages) {
   using T = typename C::T;
   using Cache = typename C::Cache;
   extern __shared__ __align__(1024) char shared[];
@@ -182,9 +192,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   const uint32_t ring_address = shared_address(ring);
 
   // ---- what this block works on ----
-  const int64_t group = p.heads_q / p.heads_kv, rows = group * p.time_q;
-  const int64_t row_tile = blockIdx.x % row_tiles, item = blockIdx.x / row_tiles;
-  const int64_t kv_head = item % p.heads_kv, b = item / p.heads_kv, split = blockIdx.y;
+  const uint32_t heads_kv = static_cast<uint32_t>(p.heads_kv);  // 32-bit divisions
+  const int64_t group = static_cast<uint32_t>(p.heads_q) / heads_kv, rows = group * p.time_q;
+  const uint32_t item = blockIdx.x / row_tiles;
+  const int64_t row_tile = blockIdx.x - item * row_tiles, b = item / heads_kv, split = blockIdx.y;
+  const int64_t kv_head = item - static_cast<uint32_t>(b) * heads_kv;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int team = warp / C::kRowWarps, row_warp = warp % C::kRowWarps;
   const int64_t first_row = row_tile * C::kRows;
@@ -241,7 +253,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   const int all_low = static_cast<int>(clamp_index(keys.row_range(p.time_q - 1).begin - keys.begin, 0, count));
   const int all_high = static_cast<int>(clamp_index(keys.row_range(0).end - keys.begin, 0, count));
   const int any_low = static_cast<int>(keys.first - keys.begin);
-  const DecodeLogits logits{static_cast<float>(p.softcap)};
+  const DecodeLogits logits = make_decode_logits(p);
 
   float o[C::kD / 8][4];
 #pragma unroll
@@ -270,7 +282,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     // The slot of the previous tile: everybody in the team is past it.
     copy_next(slot == 0 ? stages - 1 : slot - 1);
     const char* k_tile = ring + slot * C::kStageBytes;
-    const char* v_tile = k_tile + C::kTileBytes;
+    char* v_tile = ring + slot * C::kStageBytes + C::kTileBytes;
     slot = slot + 1 == stages ? 0 : slot + 1;
 
     const int begin = tile * C::kKeys + team_first;
@@ -322,11 +334,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     }
     const bool ragged = (any_low < all_low && begin < all_low) || (all_high < count && begin + C::kTeamKeys > all_high);
     if (ragged && any_not_finite<C>(v_tile, team_first, lane)) {
-      multiply_pv_seen<C>(o, weights, v_tile, team_first, lane,
-                          [&](int h, int key) { return begin + key >= low[h] && begin + key < high[h]; });
-    } else {
-      multiply_pv<C>(o, weights, v_tile, team_first, lane);
+      take_out_not_finite<C>(o, weights, v_tile, team_first, lane,
+                             [&](int h, int key) { return begin + key >= low[h] && begin + key < high[h]; });
     }
+    multiply_pv<C>(o, weights, v_tile, team_first, lane);
   }
 
   // ---- merge the teams through shared memory, one warp per row ----
@@ -402,7 +413,7 @@ const char* launch_decode(const DecodeParams& p, const DecodePlan& plan, const D
                           const DecodePartials& partials, const Launch& launch) {
   const auto with_cache = [&](auto cache) {
     using Cache = decltype(cache);
-    return plan.row_warps == 1
+    return plan.tile_rows == 16
                ? launch_decode_instance<DecodeConfig<T, Cache, kHeadDim, 1>>(p, plan, segment, partials, launch)
                : launch_decode_instance<DecodeConfig<T, Cache, kHeadDim, 4>>(p, plan, segment, partials, launch);
   };

@@ -2,7 +2,7 @@
 // page numbers are read on the device, so a captured CUDA graph replays with a growing cache.
 #pragma once
 
-#include "cuda/core/vector.cuh"
+#include "cuda/core/ptx.cuh"
 #include "cuda/decode/plan.h"
 
 namespace yoco::cuda {
@@ -66,75 +66,95 @@ struct DecodeKeys {
     return static_cast<uint32_t>(position) % period + count <= period;
   }
 
-  // Offsets (elements, head 0) of the rows of a key in [first, end). A page outside the cache makes the result invalid.
+  // Where a key in [first, end) lies: batch row or page, and slot in it. A page outside the cache makes the result
+  // invalid.
+  struct Place {
+    int64_t outer;
+    uint32_t slot;
+    bool found;
+  };
+  YOCO_DEVICE Place place(int64_t position) {
+    Place at{batch, static_cast<uint32_t>(position), true};
+    if (latent) return at;
+    if (p.ring) at.slot %= static_cast<uint32_t>(p.capacity);
+    if (p.block_table != nullptr) {
+      const uint32_t entry = at.slot / static_cast<uint32_t>(p.page_size);
+      at.slot -= entry * static_cast<uint32_t>(p.page_size);
+      at.outer = __ldg(p.block_table + batch * p.max_pages + entry);
+      at.found = at.outer >= 0 && at.outer < p.num_pages;
+      invalid |= !at.found;
+    }
+    return at;
+  }
+  // The same as offsets (elements, head 0).
   struct Offsets {
     int64_t k, v;
     bool found;
   };
   YOCO_DEVICE Offsets locate(int64_t position) {
-    int64_t outer = batch;
-    uint32_t slot = static_cast<uint32_t>(position);
-    if (!latent) {
-      if (p.ring) slot %= static_cast<uint32_t>(p.capacity);
-      if (p.block_table != nullptr) {
-        const uint32_t entry = slot / static_cast<uint32_t>(p.page_size);
-        slot -= entry * static_cast<uint32_t>(p.page_size);
-        outer = __ldg(p.block_table + batch * p.max_pages + entry);
-        if (outer < 0 || outer >= p.num_pages) {
-          invalid = true;
-          return {0, 0, false};
-        }
-      }
-    }
-    return {outer * k().batch_stride + slot * k().time_stride, outer * v().batch_stride + slot * v().time_stride, true};
+    const Place at = place(position);
+    if (!at.found) return {0, 0, false};
+    return {at.outer * k().batch_stride + at.slot * k().time_stride,
+            at.outer * v().batch_stride + at.slot * v().time_stride, true};
   }
 };
 
 // Logits in base 2: q k^T times its scale (one per row; log2(e) is in it unless there is a softcap), softcapped.
 struct DecodeLogits {
   static constexpr float kLog2e = 1.4426950408889634f;
-  float softcap;  // 0: none
-  YOCO_DEVICE float operator()(float s, float scale) const {
-    s *= scale;
-    if (softcap > 0.f) {
-      // tanh(x) = 1 - 2 / (1 + e^2x); saturates correctly on both sides
-      const float e = __expf(2.f * s / softcap);
-      s = softcap * kLog2e * (1.f - __fdividef(2.f, 1.f + e));
-    }
-    return s;
-  }
+  float cap_in;   // 2 log2(e) / softcap
+  float cap_out;  // softcap log2(e); 0: no softcap
+  // tanh(x) = 1 - 2 / (1 + e^2x); saturates correctly on both sides
+  YOCO_DEVICE float cap(float s) const { return cap_out * (1.f - __fdividef(2.f, 1.f + exp2_approx(s * cap_in))); }
+  YOCO_DEVICE float operator()(float s, float scale) const { return cap_out > 0.f ? cap(s * scale) : s * scale; }
 };
+YOCO_DEVICE DecodeLogits make_decode_logits(const DecodeParams& p) {
+  if (p.softcap <= 0.) return {0.f, 0.f};
+  const float softcap = static_cast<float>(p.softcap);
+  return {2.f * DecodeLogits::kLog2e / softcap, softcap * DecodeLogits::kLog2e};
+}
 
-// Finishes one row that a block has reduced: `sum` = sum of 2^(s - max). Lane-parallel over the columns; get(column) is
-// the unnormalised output.
+// One row that a block has reduced, with `sum` = sum of 2^(s - max): what its unnormalised output is multiplied by, and
+// the lse to store (base 2 for a partial result, natural for the final one).
+struct DecodeRowResult {
+  float factor, lse;
+};
+YOCO_DEVICE DecodeRowResult finish_decode_row(const DecodeParams& p, bool partial, int64_t head, float max, float sum,
+                                              float value_scale, bool invalid) {
+  constexpr float kLn2 = 0.6931471805599453f;
+  if (invalid) return {NAN, NAN};
+  if (!partial) {
+    const float sink = p.sinks != nullptr ? p.sinks[head] * DecodeLogits::kLog2e : -INFINITY;
+    const float top = fmaxf(max, sink);
+    if (sink != -INFINITY && top != -INFINITY) {
+      value_scale *= exp2f(max - top);
+      sum = sum * exp2f(max - top) + exp2f(sink - top);
+      max = top;
+    }
+  }
+  if (sum == 0.f) return {0.f, -INFINITY};
+  return {value_scale / sum, (max + log2f(sum)) * (partial ? 1.f : kLn2)};
+}
+
+// Lane-parallel over the columns; get(column) is the unnormalised output.
 template <typename T, typename Get>
 YOCO_DEVICE void write_decode_row(const DecodeParams& p, const DecodePartials& partials, int64_t slot, int64_t b,
                                   int64_t head, int64_t t, float max, float sum, float value_scale, bool invalid,
                                   int lane, int lanes, Get get) {
-  constexpr float kLn2 = 0.6931471805599453f;
+  const bool partial = partials.slots > 1;
   const int64_t row = (b * p.heads_q + head) * p.time_q + t;
   const int dim_v = static_cast<int>(p.dim_v);
-  if (partials.slots > 1) {
+  const DecodeRowResult result = finish_decode_row(p, partial, head, max, sum, value_scale, invalid);
+  if (partial) {
     const int64_t rows = p.batch * p.heads_q * p.time_q;
-    const float inverse = sum == 0.f ? 0.f : value_scale / sum;
     float* out = partials.out + (slot * rows + row) * p.dim_v;
-    for (int c = lane; c < dim_v; c += lanes) out[c] = invalid ? NAN : get(c) * inverse;
-    if (lane == 0) partials.lse[slot * rows + row] = invalid ? NAN : sum == 0.f ? -INFINITY : max + log2f(sum);
+    for (int c = lane; c < dim_v; c += lanes) out[c] = invalid ? NAN : get(c) * result.factor;
+    if (lane == 0) partials.lse[slot * rows + row] = result.lse;
     return;
   }
-  const float sink = p.sinks != nullptr ? p.sinks[head] * DecodeLogits::kLog2e : -INFINITY;
-  const float top = fmaxf(max, sink);
-  if (sink != -INFINITY && top != -INFINITY) {
-    value_scale *= exp2f(max - top);
-    sum = sum * exp2f(max - top) + exp2f(sink - top);
-    max = top;
-  }
-  const float inverse = sum == 0.f ? 0.f : value_scale / sum;
   T* out = static_cast<T*>(p.out.data) + b * p.out.batch_stride + t * p.out.time_stride + head * p.out.head_stride;
-  for (int c = lane; c < dim_v; c += lanes) out[c] = from_float<T>(invalid ? NAN : get(c) * inverse);
-  if (lane == 0) {
-    static_cast<float*>(p.lse)[row] = invalid ? NAN : sum == 0.f ? -INFINITY : (max + log2f(sum)) * kLn2;
-  }
+  for (int c = lane; c < dim_v; c += lanes) out[c] = from_float<T>(invalid ? NAN : get(c) * result.factor);
+  if (lane == 0) static_cast<float*>(p.lse)[row] = result.lse;
 }
 
 }  // namespace yoco::cuda

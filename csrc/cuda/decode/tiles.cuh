@@ -7,6 +7,18 @@
 
 namespace yoco::cuda {
 
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile: chunks are permuted so that the eight rows of an
+// ldmatrix fall into different banks.
+template <int kChunks>
+YOCO_DEVICE int swizzled(int row, int chunk) {
+  if constexpr (kChunks >= 8) {
+    return (row * kChunks + (chunk ^ (row & 7))) * 16;
+  } else {
+    static_assert(kChunks == 4, "rows of 64 bytes or of a multiple of 128");
+    return (row * kChunks + (chunk ^ (row >> 1 & 3))) * 16;
+  }
+}
+
 template <typename T_, typename Cache_, int kHeadDim, int kRowWarps_>
 struct DecodeConfig {
   using T = T_;
@@ -32,25 +44,14 @@ struct DecodeConfig {
   static constexpr int kMergeStride = kD + (kNarrow ? 16 : 8);
   static constexpr int kMergeBytes = kTeams * kRows * (kMergeStride + 2) * 4;
   static constexpr int kMinStages = 2, kMaxStages = 4;
-  static constexpr int kResident = decode_resident_blocks(kHeadDim, kNarrow, kRowWarps);
+  static constexpr int kResident = decode_resident_blocks(kHeadDim, kNarrow, 16 * kRowWarps);
   static constexpr bool kQInRegisters = kD <= 128;
 
+  YOCO_DEVICE static int q_offset(int row, int chunk) { return swizzled<kD / 8>(row, chunk); }
   static constexpr int shared_bytes(int stages) {
     return kQBytes + (stages * kStageBytes > kMergeBytes ? stages * kStageBytes : kMergeBytes);
   }
 };
-
-// Byte offset of 16-byte chunk `chunk` of row `row` in a tile: chunks are permuted so that the eight rows of an
-// ldmatrix fall into different banks.
-template <int kChunks>
-YOCO_DEVICE int swizzled(int row, int chunk) {
-  if constexpr (kChunks >= 8) {
-    return (row * kChunks + (chunk ^ (row & 7))) * 16;
-  } else {
-    static_assert(kChunks == 4, "rows of 64 bytes or of a multiple of 128");
-    return (row * kChunks + (chunk ^ (row >> 1 & 3))) * 16;
-  }
-}
 
 // Column of accumulator element (n_tile, pair element e) of lane l. One-byte V rows come in pairs of columns, so two
 // n-tiles share 16 columns and a lane holds four neighbours.
@@ -156,9 +157,10 @@ struct TileLoader {
   }
 };
 
-// Rows of Q into shared memory as M, zeros where there is no row or column. With a narrow cache each row is scaled by a
-// power of two into half's range, and the pairs of every 16 columns are reordered: pair 2i goes to place i, pair 2i + 1
-// to 4 + i, which matches four neighbouring bytes of K in one register. row_scale[row] undoes the scaling.
+// Rows of Q into shared memory (chunks of 8 elements where C::q_offset says) as M, zeros where there is no row or
+// column. With a narrow cache each row is scaled by a power of two into half's range, and the pairs of every 16 columns
+// are reordered: pair 2i goes to place i, pair 2i + 1 to 4 + i, which matches four neighbouring bytes of K in one
+// register. row_scale[row] undoes the scaling.
 template <typename C>
 YOCO_DEVICE void load_q(char* q_shared, float* row_scale, const DecodeParams& p, int64_t b, int64_t kv_head,
                         int64_t first_row, int64_t rows, int64_t group) {
@@ -177,7 +179,7 @@ YOCO_DEVICE void load_q(char* q_shared, float* row_scale, const DecodeParams& p,
   if constexpr (!C::kNarrow) {
     for (int i = threadIdx.x; i < C::kRows * kChunks; i += C::kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
-      store(reinterpret_cast<T*>(q_shared + swizzled<kChunks>(row, chunk)), read(row, chunk));
+      store(reinterpret_cast<T*>(q_shared + C::q_offset(row, chunk)), read(row, chunk));
     }
   } else {
     for (int row = threadIdx.x / 32; row < C::kRows; row += C::kWarps) {  // a warp per row, a lane per chunk
@@ -197,7 +199,7 @@ YOCO_DEVICE void load_q(char* q_shared, float* row_scale, const DecodeParams& p,
       for (int j = 0; j < 4; ++j) {
         const int pair = lane % 2 * 4 + j;                          // within 16 columns
         const int place = pair % 2 == 0 ? pair / 2 : 4 + pair / 2;  // 0..7: two chunks of four pairs
-        *reinterpret_cast<uint32_t*>(q_shared + swizzled<kChunks>(row, lane / 2 * 2 + place / 4) + place % 4 * 4) =
+        *reinterpret_cast<uint32_t*>(q_shared + C::q_offset(row, lane / 2 * 2 + place / 4) + place % 4 * 4) =
             pack2<__half>(to_float(q[2 * j]) * scale, to_float(q[2 * j + 1]) * scale);
       }
     }

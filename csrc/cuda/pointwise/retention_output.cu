@@ -5,6 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cuda/core/activation.cuh"
 #include "cuda/core/launch.h"
 #include "cuda/core/reduce.cuh"
 #include "cuda/kernels.h"
@@ -14,8 +15,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kItems = 2;
-
-YOCO_DEVICE float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
 YOCO_DEVICE int64_t row_offset(const View& v, int64_t batch, int64_t time, int64_t head) {
   return batch * v.batch_stride + time * v.time_stride + head * v.head_stride;
@@ -39,40 +38,42 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RetentionOutput
   const T* gate = static_cast<const T*>(p.gate.data) + row_offset(p.gate, row.batch, row.time, row.head);
   T* y = static_cast<T*>(p.y.data) + row_offset(p.y, row.batch, row.time, row.head);
   const int dim = static_cast<int>(p.dim), lane = threadIdx.x % kLanes;
-  float kept[kItems][N];
-  float sum = 0.f;
+  // All loads before the first use: the gate must not wait for the reduction. Kept as stored: half the registers.
+  Vec<T, N> kept_o[kItems], kept_gate[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int column = (i * kLanes + lane) * N;
-    if (column >= dim) continue;
-    load_float(kept[i], o + column);
-#pragma unroll
-    for (int j = 0; j < N; ++j) sum += kept[i][j] * kept[i][j];
+    kept_o[i] = column < dim ? load_const<N>(o + column) : Vec<T, N>{};
+    kept_gate[i] = column < dim ? load_const<N>(gate + column) : Vec<T, N>{};
   }
-  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
-    float x[N];
-    load_float(x, o + column);
+  float sum = 0.f;
+  const auto accumulate = [&](const Vec<T, N>& v) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) sum += x[j] * x[j];
+    for (int j = 0; j < N; ++j) sum += to_float(v[j]) * to_float(v[j]);
+  };
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) accumulate(kept_o[i]);
+  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
+    accumulate(load_const<N>(o + column));
   }
   const float rstd = rsqrtf(group_sum<kLanes>(sum) / dim + static_cast<float>(p.eps));
   if (!active) return;
-  const auto finish = [&](const float(&x)[N], int column) {
-    float g[N], out[N];
-    load_float(g, gate + column);
+  const auto finish = [&](const Vec<T, N>& vo, const Vec<T, N>& vg, int column) {
+    float out[N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = x[j] * rstd * (g[j] * sigmoid(g[j]));
+    for (int j = 0; j < N; ++j) {
+      const float g = to_float(vg[j]);
+      out[j] = to_float(vo[j]) * rstd * (g * sigmoid<T>(g));
+    }
     store_float(y + column, out);
   };
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int column = (i * kLanes + lane) * N;
-    if (column < dim) finish(kept[i], column);
+    if (column < dim) finish(kept_o[i], kept_gate[i], column);
   }
   for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
-    float x[N];
-    load_float(x, o + column);
-    finish(x, column);
+    finish(load_const<N>(o + column), load_const<N>(gate + column), column);
   }
 }
 
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RetentionOutpu
     for (int j = 0; j < N; ++j) {
       const float x = to_float(vo[j]), g = to_float(vg[j]);
       sum_oo += x * x;
-      sum_dno += to_float(vd[j]) * g * sigmoid(g) * x;
+      sum_dno += to_float(vd[j]) * g * sigmoid<T>(g) * x;
     }
   };
 #pragma unroll
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RetentionOutpu
     float out_o[N], out_g[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float n = to_float(vo[j]) * rstd, g = to_float(vg[j]), d = to_float(vd[j]), s = sigmoid(g);
+      const float n = to_float(vo[j]) * rstd, g = to_float(vg[j]), d = to_float(vd[j]), s = sigmoid<T>(g);
       out_o[j] = rstd * (d * g * s - n * mean);
       out_g[j] = d * n * s * (1.f + g * (1.f - s));
     }

@@ -2,16 +2,14 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/core/activation.cuh"
 #include "cuda/core/launch.h"
-#include "cuda/core/vector.cuh"
 #include "cuda/kernels.h"
 
 namespace yoco::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-YOCO_DEVICE float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
@@ -22,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
     load_float(g, gate + i);
     load_float(u, up + i);
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = g[j] * sigmoid(g[j]) * u[j];
+    for (int j = 0; j < N; ++j) out[j] = g[j] * sigmoid<T>(g[j]) * u[j];
     store_float(y + i, out);
   }
 }
@@ -39,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
     load_float(d, dy + i);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float s = sigmoid(g[j]);
+      const float s = sigmoid<T>(g[j]);
       du[j] = d[j] * g[j] * s;
       dg[j] = d[j] * u[j] * s * (1.f + g[j] * (1.f - s));
     }
