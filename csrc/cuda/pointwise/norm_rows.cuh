@@ -12,7 +12,7 @@ namespace yoco::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxParts = 264;             // partial sums of the weight gradient: two blocks per SM of an H100
+constexpr int64_t kMaxParts = 528;             // partial sums of the weight gradient: four blocks per SM of an H100
 constexpr int64_t kMaxWeightGradient = 32768;  // its shared memory must fit every supported device
 
 template <int kLanes>

@@ -29,21 +29,29 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RmsNormParams p
   T* y = static_cast<T*>(p.y) + row * p.dim;
   const bool float_weight = p.weight_dtype == DType::kFloat32;
   // The sum is rounded to T before it is normalised: the backward and every other reader see that value.
-  const auto read = [&](float(&v)[N], int column) {
-    load_float(v, x + column);
-    if (residual == nullptr) return;
-    float r[N];
-    load_float(r, residual + column);
+  const auto add = [&](float(&v)[N], const Vec<T, N>& a, const Vec<T, N>& b) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) v[j] = to_float(from_float<T>(v[j] + r[j]));
+    for (int j = 0; j < N; ++j) {
+      v[j] = to_float(a[j]);
+      if (residual != nullptr) v[j] = to_float(from_float<T>(v[j] + to_float(b[j])));
+    }
   };
+  const auto read = [&](float(&v)[N], int column) {
+    add(v, load_const<N>(x + column), residual != nullptr ? load_const<N>(residual + column) : Vec<T, N>{});
+  };
+  // All loads before the first use.
+  Vec<T, N> kept_x[kItems], kept_residual[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int column = (i * kLanes + lane) * N;
+    kept_x[i] = column < dim ? load_const<N>(x + column) : Vec<T, N>{};
+    kept_residual[i] = residual != nullptr && column < dim ? load_const<N>(residual + column) : Vec<T, N>{};
+  }
   float kept[kItems][N];
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const int column = (i * kLanes + lane) * N;
-    if (column >= dim) continue;
-    read(kept[i], column);
+    add(kept[i], kept_x[i], kept_residual[i]);
 #pragma unroll
     for (int j = 0; j < N; ++j) sum += kept[i][j] * kept[i][j];
   }
@@ -100,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
     const T* extra = p.d_residual_out != nullptr ? static_cast<const T*>(p.d_residual_out) + row * p.dim : nullptr;
     T* dx = static_cast<T*>(p.dx) + row * p.dim;
     const float rstd = static_cast<const float*>(p.rstd)[row];
-    Vec<T, N> kept_x[kItems], kept_dy[kItems];
+    Vec<T, N> kept_x[kItems], kept_dy[kItems], kept_extra[kItems];
     float sum = 0.f;
     const auto accumulate = [&](const Vec<T, N>& vx, const Vec<T, N>& vd, int column) {
       float w[N];
@@ -112,33 +120,41 @@ __global__ void __launch_bounds__(kThreads)
         if (partial != nullptr) sums[column - lane * N + j * kLanes] += d * n;
       }
     };
+    // All loads before the first use.
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int column = (i * kLanes + lane) * N;
-      if (column >= dim) continue;
-      kept_x[i] = load_const<N>(x + column);
-      kept_dy[i] = load_const<N>(dy + column);
-      accumulate(kept_x[i], kept_dy[i], column);
+      const bool there = column < dim;
+      kept_x[i] = there ? load_const<N>(x + column) : Vec<T, N>{};
+      kept_dy[i] = there ? load_const<N>(dy + column) : Vec<T, N>{};
+      kept_extra[i] = there && extra != nullptr ? load_const<N>(extra + column) : Vec<T, N>{};
+    }
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int column = (i * kLanes + lane) * N;
+      if (column < dim) accumulate(kept_x[i], kept_dy[i], column);
     }
     for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
       accumulate(load_const<N>(x + column), load_const<N>(dy + column), column);
     }
     const float mean = row_sum<kLanes>(sum, scratch) / dim;
-    const auto finish = [&](const Vec<T, N>& vx, const Vec<T, N>& vd, int column) {
-      float w[N], out[N], add[N] = {};
+    const auto finish = [&](const Vec<T, N>& vx, const Vec<T, N>& vd, const Vec<T, N>& ve, int column) {
+      float w[N], out[N];
       load_weight<T>(w, p.weight, float_weight, column);
-      if (extra != nullptr) load_float(add, extra + column);
 #pragma unroll
-      for (int j = 0; j < N; ++j) out[j] = rstd * (to_float(vd[j]) * w[j] - to_float(vx[j]) * rstd * mean) + add[j];
+      for (int j = 0; j < N; ++j) {
+        out[j] = rstd * (to_float(vd[j]) * w[j] - to_float(vx[j]) * rstd * mean) + to_float(ve[j]);
+      }
       store_float(dx + column, out);
     };
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int column = (i * kLanes + lane) * N;
-      if (column < dim) finish(kept_x[i], kept_dy[i], column);
+      if (column < dim) finish(kept_x[i], kept_dy[i], kept_extra[i], column);
     }
     for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
-      finish(load_const<N>(x + column), load_const<N>(dy + column), column);
+      finish(load_const<N>(x + column), load_const<N>(dy + column),
+             extra != nullptr ? load_const<N>(extra + column) : Vec<T, N>{}, column);
     }
   }
   if (partial == nullptr) return;
