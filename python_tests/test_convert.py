@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -131,6 +132,48 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             convert_checkpoint(source, tmp_path / "target", to=to)
         assert not (tmp_path / "target").exists()
+
+
+def installed(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None, reason=f"{package} (requirements-compat.txt) is not installed"
+    )
+
+
+@installed("transformers")
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_and_saves_what_was_converted(tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from yoco_ext.compat import hf
+
+    hf.install()
+    model = tiny_model(ops="reference", tie_embeddings=tied)
+    model.save(tmp_path / "ours")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="hf")
+    theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert isinstance(theirs, hf.YOCOExtForCausalLM) and not any(loading.values()), loading
+    theirs.save_pretrained(tmp_path / "saved")
+    convert_checkpoint(tmp_path / "saved", tmp_path / "back", to="yoco", source_format="hf")
+    back = load_checkpoint(tmp_path / "back", ops="reference")
+    same_weights(model, back)
+    assert back.config == model.config
+
+
+@installed("fla")
+def test_fla_loads_and_saves_what_was_converted(tmp_path: Path) -> None:
+    from fla.models.yoco import YOCOForCausalLM as TheirModel
+
+    model = tiny_model(ops="reference", window_size=1024)
+    model.save(tmp_path / "ours")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="fla")
+    theirs, loading = TheirModel.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(loading.values()), loading
+    theirs.save_pretrained(tmp_path / "saved")
+    convert_checkpoint(tmp_path / "saved", tmp_path / "back", to="yoco", source_format="fla")
+    back = load_checkpoint(tmp_path / "back", ops="reference")
+    same_weights(model, back)
+    assert back.config == model.config
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
