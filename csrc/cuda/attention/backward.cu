@@ -2,7 +2,7 @@
 // sequences share, float32).
 //
 //   row_statistics_kernel        lse and delta = rowsum(d_out * out) - d_lse of every row
-//   attention_backward_kernel    dK, dV by key tiles, and dQ added in float32 (backward.h) ...
+//   attention_backward_kernel    dK, dV by key tiles, and dQ added in float32 (backward.h; on Hopper sm90/backward.cuh)
 //   finish_dq_kernel             ... rounded; or, deterministic or when only dQ is wanted,
 //   attention_backward_q_kernel  dQ by row tiles (backward_q.h)
 //   reduce_latents_kernel, sink_gradient_kernel
@@ -11,6 +11,7 @@
 
 #include "cuda/attention/align.h"
 #include "cuda/attention/simt_backward.h"
+#include "cuda/attention/sm90/backward_plan.h"
 #include "cuda/core/sequence.cuh"
 #include "cuda/kernels.h"
 
@@ -152,10 +153,22 @@ int instance(const AttentionParams& p) {
   return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
 }
 int tile_keys(int d) { return d == 256 ? BackwardTiles<256>::kKeys : BackwardTiles<128>::kKeys; }
+static_assert(sm90::BackwardTiles<64>::kKeys == BackwardTiles<64>::kKeys);
+static_assert(sm90::BackwardTiles<128>::kKeys == BackwardTiles<128>::kKeys);
+
+// Key tiles by the Hopper kernel; asked of the inputs as they came.
+bool use_hopper(const AttentionBackwardParams& p, const Launch& launch) {
+#ifdef YOCO_HAS_SM90
+  return compute_capability(launch.device) == 90 && sm90::backward_fits(p);
+#else
+  return false;
+#endif
+}
 
 // Fills the plan, lays out the workspace and, with memory behind it, makes the inputs aligned. base null: only counts.
 template <typename T>
-const char* prepare(AttentionBackwardParams& p, BackwardPlan& plan, WorkspaceCursor& workspace, const Launch& launch) {
+const char* prepare(AttentionBackwardParams& p, BackwardPlan& plan, bool hopper, WorkspaceCursor& workspace,
+                    const Launch& launch) {
   constexpr bool kSimt = std::is_same_v<T, float>;
   const int d = instance(p);
   const int64_t group = p.heads_q / p.heads_kv;
@@ -171,15 +184,15 @@ const char* prepare(AttentionBackwardParams& p, BackwardPlan& plan, WorkspaceCur
 
   // dQ rides along with dK and dV only if the key tiles it needs are visited anyway and the order of float32 additions
   // may vary.
-  constexpr int kRows = BackwardTiles<128>::kRows;
+  const int tile_rows = hopper ? sm90::backward_rows(d) : BackwardTiles<128>::kRows;
   const bool atomics =
       !kSimt && !p.deterministic && plan.want_dq && plan.want_dkv && (p.num_latents == 0 || plan.want_latents);
   int rows_per_tile = kSimt ? kSimtRows : d == 256 ? 64 : 128;
   if (atomics) {
-    rows_per_tile = kRows;
-    const int64_t tiles = p.cu_seqlens_q != nullptr ? p.time_q * group / kRows + p.num_sequences + 1
-                                                    : p.batch * ceil_div(p.time_q * group, kRows);
-    const size_t count = size_t(tiles) * p.heads_kv * kRows * d;
+    rows_per_tile = hopper ? int(tile_rows / group * group) : tile_rows;  // on Hopper whole tokens
+    const int64_t tiles = p.cu_seqlens_q != nullptr ? p.time_q * group / rows_per_tile + p.num_sequences + 1
+                                                    : p.batch * ceil_div(p.time_q * group, rows_per_tile);
+    const size_t count = size_t(tiles) * p.heads_kv * tile_rows * d;
     plan.dq_accumulator = workspace.take<float>(count);
     if (plan.dq_accumulator != nullptr) {
       if (const char* message = set_device(launch)) return message;
@@ -220,7 +233,8 @@ const char* prepare(AttentionBackwardParams& p, BackwardPlan& plan, WorkspaceCur
 }
 
 template <typename T>
-const char* run_gradients(const AttentionBackwardParams& p, const BackwardPlan& plan, const Launch& launch) {
+const char* run_gradients(const AttentionBackwardParams& p, const BackwardPlan& plan, bool hopper,
+                          const Launch& launch) {
   const bool by_keys = plan.want_dkv || plan.want_latents;
   const bool by_rows = plan.want_dq && plan.dq_accumulator == nullptr;
   const char* message = nullptr;
@@ -234,7 +248,13 @@ const char* run_gradients(const AttentionBackwardParams& p, const BackwardPlan& 
     }
   } else {
     const int d = instance(p);
-    if (by_keys) {
+#ifdef YOCO_HAS_SM90
+    if (by_keys && hopper) {
+      message =
+          (d == 64 ? sm90::launch_attention_backward<T, 64> : sm90::launch_attention_backward<T, 128>)(p, plan, launch);
+    } else
+#endif
+        if (by_keys) {
       message = (d == 64    ? launch_attention_backward<T, 64>
                  : d == 128 ? launch_attention_backward<T, 128>
                             : launch_attention_backward<T, 256>)(p, plan, launch);
@@ -252,7 +272,8 @@ template <typename T>
 const char* backward(AttentionBackwardParams p, const Launch& launch) {
   BackwardPlan plan{};
   WorkspaceCursor workspace{static_cast<char*>(p.workspace)};
-  if (const char* message = prepare<T>(p, plan, workspace, launch)) return message;
+  const bool hopper = use_hopper(p, launch);
+  if (const char* message = prepare<T>(p, plan, hopper, workspace, launch)) return message;
   const int64_t rows = p.batch * p.time_q * p.heads_q;
   if (rows > 0) {
     const unsigned ctas = unsigned(std::min<int64_t>(ceil_div(rows, 8), int64_t(sm_count(launch.device)) * 32 + 1));
@@ -261,7 +282,7 @@ const char* backward(AttentionBackwardParams p, const Launch& launch) {
       return message;
     }
   }
-  if (const char* message = run_gradients<T>(p, plan, launch)) return message;
+  if (const char* message = run_gradients<T>(p, plan, hopper, launch)) return message;
   if (plan.latent_partial_k != nullptr) {
     const auto reduce = [&](const float* partial, const View& to, int64_t dim) {
       const int64_t size = p.num_latents * p.heads_kv * dim;
@@ -281,7 +302,8 @@ size_t attention_backward_workspace(const AttentionBackwardParams& params, const
   AttentionBackwardParams p = params;
   BackwardPlan plan{};
   WorkspaceCursor workspace{nullptr};
-  YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* { return prepare<T>(p, plan, workspace, launch); });
+  const bool hopper = use_hopper(p, launch);
+  YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* { return prepare<T>(p, plan, hopper, workspace, launch); });
   return workspace.used;
 }
 
