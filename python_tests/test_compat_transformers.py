@@ -220,6 +220,18 @@ def test_gradient_checkpointing():
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
 
 
+@pytest.mark.unpoisoned
+def test_one_graph_under_compile():
+    model = with_implementation(make_model("mistral"), "yoco_ext")
+    ids = torch.randint(1, VOCAB, (2, TIME))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for mask in (None, padding_mask("left", TIME, 9)):
+        kept = torch.ones(2, TIME, dtype=torch.bool) if mask is None else mask.bool()
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        logits = compiled(ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(logits[kept], expected[kept], atol=1e-5, rtol=1e-4)
+
+
 # ---- masks -----------------------------------------------------------------------------------------------------------
 def dense(mask: Tensor | None, q_length: int, kv_length: int) -> Tensor:
     """What a mask of compat.hf means, bool [B or 1, 1, Tq, Tk]."""

@@ -102,14 +102,14 @@ def attention_mask(
     attention_mask: bool [B, tokens so far], False for padding. q_offset, kv_offset: positions of the first query and
     of the first key that is still in the cache.
     """
-    pattern = _understand(mask_function)
+    # A compiler cannot read what is in a padding mask.
+    readable = attention_mask is None or not torch.compiler.is_compiling()
+    pattern = _understand(mask_function) if readable else None
     kept = None
     if pattern is not None and attention_mask is not None:
         padded = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         kept = padded[:, kv_offset : kv_offset + kv_length].bool()
-        if torch.compiler.is_compiling():
-            pattern = None  # its contents cannot be read
-        elif bool(kept.all()):
+        if bool(kept.all()):
             kept = None
     needs_tensor = not allow_is_causal_skip and isinstance(q_offset, int) and getattr(pattern, "packed", None) is None
     if pattern is not None and not needs_tensor:
@@ -250,7 +250,7 @@ def _reason_against(query: Tensor, value: Tensor, dropout: float, options: dict[
 
 
 def _log(reason: str) -> None:
-    if reason not in _logged:
+    if not torch.compiler.is_compiling() and reason not in _logged:  # a logger would break the graph
         _logged.add(reason)
         logger.warning('attn_implementation="yoco_ext": left to PyTorch, because %s', reason)
 
