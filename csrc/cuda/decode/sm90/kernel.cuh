@@ -41,6 +41,10 @@ YOCO_DEVICE void multiply_keys(float (&s)[C::kRows / 2], uint32_t k_tile, uint32
     constexpr int kSteps = C::kRows == 64 ? 4 : C::kD / 16;
 #pragma unroll
     for (int first = 0; first < C::kD / 16; first += kSteps) {
+      if (first > 0) {
+        wgmma_wait<0>();
+        pin_registers(s);
+      }
       uint32_t a[kSteps][4];
 #pragma unroll
       for (int step = 0; step < kSteps; step += 2) {
@@ -53,10 +57,6 @@ YOCO_DEVICE void multiply_keys(float (&s)[C::kRows / 2], uint32_t k_tile, uint32
       }
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) pin_registers(a[step]);
-      if (first > 0) {
-        wgmma_wait<0>();
-        pin_registers(s);
-      }
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
@@ -87,6 +87,7 @@ YOCO_DEVICE void multiply_values(float (&o)[C::kMTiles][C::kRows / 2], uint32_t 
     const uint32_t from = swizzled<C::kPerPanel>(lane, warp);
 #pragma unroll
     for (int m = 0; m < C::kMTiles; ++m) {
+      if (C::kRows == 64 && m > 0) wgmma_wait<0>();
       uint32_t a[4][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
