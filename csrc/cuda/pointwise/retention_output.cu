@@ -14,7 +14,8 @@ namespace yoco::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kItems = 2;
+template <typename T>
+constexpr int kItems = sizeof(T) == 4 ? 2 : 1;  // 256 elements in 32 lanes
 
 YOCO_DEVICE int64_t row_offset(const View& v, int64_t batch, int64_t time, int64_t head) {
   return batch * v.batch_stride + time * v.time_stride + head * v.head_stride;
@@ -39,9 +40,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RetentionOutput
   T* y = static_cast<T*>(p.y.data) + row_offset(p.y, row.batch, row.time, row.head);
   const int dim = static_cast<int>(p.dim), lane = threadIdx.x % kLanes;
   // All loads before the first use: the gate must not wait for the reduction. Kept as stored: half the registers.
-  Vec<T, N> kept_o[kItems], kept_gate[kItems];
+  Vec<T, N> kept_o[kItems<T>], kept_gate[kItems<T>];
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
+  for (int i = 0; i < kItems<T>; ++i) {
     const int column = (i * kLanes + lane) * N;
     kept_o[i] = column < dim ? load_const<N>(o + column) : Vec<T, N>{};
     kept_gate[i] = column < dim ? load_const<N>(gate + column) : Vec<T, N>{};
@@ -52,8 +53,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RetentionOutput
     for (int j = 0; j < N; ++j) sum += to_float(v[j]) * to_float(v[j]);
   };
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) accumulate(kept_o[i]);
-  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
+  for (int i = 0; i < kItems<T>; ++i) accumulate(kept_o[i]);
+  for (int column = (kItems<T> * kLanes + lane) * N; column < dim; column += kLanes * N) {
     accumulate(load_const<N>(o + column));
   }
   const float rstd = rsqrtf(group_sum<kLanes>(sum) / dim + static_cast<float>(p.eps));
@@ -68,11 +69,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RetentionOutput
     store_float(y + column, out);
   };
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
+  for (int i = 0; i < kItems<T>; ++i) {
     const int column = (i * kLanes + lane) * N;
     if (column < dim) finish(kept_o[i], kept_gate[i], column);
   }
-  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
+  for (int column = (kItems<T> * kLanes + lane) * N; column < dim; column += kLanes * N) {
     finish(load_const<N>(o + column), load_const<N>(gate + column), column);
   }
 }
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RetentionOutpu
   T* d_gate = static_cast<T*>(p.d_gate.data) + row_offset(p.d_gate, row.batch, row.time, row.head);
   const int dim = static_cast<int>(p.dim), lane = threadIdx.x % kLanes;
   // Kept as stored: half the registers of floats.
-  Vec<T, N> kept_o[kItems], kept_gate[kItems], kept_dy[kItems];
+  Vec<T, N> kept_o[kItems<T>], kept_gate[kItems<T>], kept_dy[kItems<T>];
   float sum_oo = 0.f, sum_dno = 0.f;
   const auto accumulate = [&](const Vec<T, N>& vo, const Vec<T, N>& vg, const Vec<T, N>& vd) {
 #pragma unroll
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RetentionOutpu
     }
   };
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
+  for (int i = 0; i < kItems<T>; ++i) {
     const int column = (i * kLanes + lane) * N;
     if (column >= dim) continue;
     kept_o[i] = load_const<N>(o + column);
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RetentionOutpu
     kept_dy[i] = load_const<N>(dy + column);
     accumulate(kept_o[i], kept_gate[i], kept_dy[i]);
   }
-  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
+  for (int column = (kItems<T> * kLanes + lane) * N; column < dim; column += kLanes * N) {
     accumulate(load_const<N>(o + column), load_const<N>(gate + column), load_const<N>(dy + column));
   }
   const float rstd = rsqrtf(group_sum<kLanes>(sum_oo) / dim + static_cast<float>(p.eps));
@@ -127,11 +128,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RetentionOutpu
     store_float(d_gate + column, out_g);
   };
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
+  for (int i = 0; i < kItems<T>; ++i) {
     const int column = (i * kLanes + lane) * N;
     if (column < dim) finish(kept_o[i], kept_gate[i], kept_dy[i], column);
   }
-  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
+  for (int column = (kItems<T> * kLanes + lane) * N; column < dim; column += kLanes * N) {
     finish(load_const<N>(o + column), load_const<N>(gate + column), load_const<N>(dy + column), column);
   }
 }

@@ -1,9 +1,10 @@
 // y = x * rsqrt(mean(x^2) + eps) * weight with x = input (+ residual), and its backward.
 //
-// Rows up to 1024 elements (bf16) belong to one warp, longer ones to a block. A row stays in registers between the
-// reduction and the result (kItems vectors per lane: 8192 bf16 or 4096 float32 elements per block); what is longer is
-// read a second time. The weight gradient is summed in a fixed order: per block over its rows in shared memory, then
-// over the blocks by a second kernel, with a number of blocks that depends on the shape only, not on the device.
+// Rows up to 1024 elements (bf16) belong to one warp, longer ones to a block of 64, 128 or 256 threads. A row stays in
+// registers between the reduction and the result (kItems vectors per lane: up to 8192 bf16 or 4096 float32 elements);
+// what is longer is read a second time. The weight gradient is summed in a fixed order: per block over its rows in
+// shared memory, then over the blocks by a second kernel, with a number of blocks that depends on the shape only, not
+// on the device.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -16,11 +17,14 @@ namespace yoco::cuda {
 namespace {
 
 constexpr int kItems = 4;
+// A row belongs to 32 lanes of a block of eight rows, or to a block of 64, 128 or 256.
+template <int kLanes>
+constexpr int kBlock = kLanes == 32 ? kThreads : kLanes;
 
 template <typename T, int N, int kLanes>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const RmsNormParams p) {
+__global__ void __launch_bounds__(kBlock<kLanes>) forward_kernel(const RmsNormParams p) {
   __shared__ float scratch[kThreads / 32];
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const int64_t row = int64_t(blockIdx.x) * (kBlock<kLanes> / kLanes) + threadIdx.x / kLanes;
   if (row >= p.rows) return;  // whole warps (or the whole block) leave together
   const int dim = static_cast<int>(p.dim), lane = threadIdx.x % kLanes;
   const T* x = static_cast<const T*>(p.x) + row * p.dim;
@@ -86,9 +90,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RmsNormParams p
 // With n = x * rstd:  dx = rstd * (w dy - n * mean(w dy n)) + d_residual_out,  d_weight = sum over rows of dy * n.
 // Block b takes the rows b * rows_per_part ...; partial[b][dim] = its sum for d_weight (null: not wanted).
 template <typename T, int N, int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kBlock<kLanes>)
     backward_kernel(const RmsNormBackwardParams p, int64_t rows_per_part, float* partial) {
-  constexpr int kGroups = kThreads / kLanes;
+  constexpr int kGroups = kBlock<kLanes> / kLanes;
   // [kGroups][padded dim]: element j of a lane's vector `item` at (item * N + j) * kLanes + lane, so that a warp's sums
   // lie in different banks; each column has one owning lane per group.
   extern __shared__ __align__(16) float weight_sum[];
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (partial == nullptr) return;
   __syncthreads();
-  for (int column = threadIdx.x; column < dim; column += kThreads) {
+  for (int column = threadIdx.x; column < dim; column += kBlock<kLanes>) {
     const int vector = column / N, at = (vector / kLanes * N + column % N) * kLanes + vector % kLanes;
     float sum = 0.f;
     for (int g = 0; g < kGroups; ++g) sum += weight_sum[g * padded + at];
@@ -167,9 +171,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T>
-bool row_per_warp(int64_t dim) {
-  return dim <= 32 * kVec<T> * kItems;
+// run(N, lanes): as few lanes as hold a row with kItems vectors each, so that every thread has that many loads in
+// flight.
+template <typename T, typename Run>
+const char* with_lanes(int64_t dim, bool vectors, Run run) {
+  using std::integral_constant;
+  constexpr int N = kVec<T>;
+  using Wide = integral_constant<int, N>;
+  using One = integral_constant<int, 1>;
+  using Warp = integral_constant<int, 32>;
+  using Block = integral_constant<int, kThreads>;
+  if (!vectors) return dim <= 32 * N * kItems ? run(One{}, Warp{}) : run(One{}, Block{});
+  if (dim <= 32 * N * kItems) return run(Wide{}, Warp{});
+  if (dim <= 64 * N * kItems) return run(Wide{}, integral_constant<int, 64>{});
+  if (dim <= 128 * N * kItems) return run(Wide{}, integral_constant<int, 128>{});
+  return run(Wide{}, Block{});
 }
 
 }  // namespace
@@ -179,11 +195,11 @@ const char* rms_norm(const RmsNormParams& p, const Launch& launch) {
   return YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* {
     const bool vectors = p.dim % kVec<T> == 0 && aligned(p.x, 16) && aligned(p.residual, 16) && aligned(p.y, 16) &&
                          aligned(p.residual_out, 16) && aligned(p.weight, 16);
-    const bool warp = row_per_warp<T>(p.dim);
-    auto kernel = vectors ? (warp ? forward_kernel<T, kVec<T>, 32> : forward_kernel<T, kVec<T>, kThreads>)
-                          : (warp ? forward_kernel<T, 1, 32> : forward_kernel<T, 1, kThreads>);
-    const int64_t blocks = ceil_div(p.rows, warp ? kThreads / 32 : 1);
-    return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, launch, p);
+    return with_lanes<T>(p.dim, vectors, [&](auto n, auto lanes) {
+      const int64_t blocks = ceil_div(p.rows, kBlock<lanes> / lanes);
+      return launch_kernel(forward_kernel<T, n, lanes>, dim3(static_cast<unsigned>(blocks)), kBlock<lanes>, 0, launch,
+                           p);
+    });
   });
 }
 
@@ -199,19 +215,18 @@ const char* rms_norm_backward(const RmsNormBackwardParams& p, const Launch& laun
   return YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* {
     const bool vectors = p.dim % kVec<T> == 0 && aligned(p.x, 16) && aligned(p.dy, 16) && aligned(p.dx, 16) &&
                          aligned(p.d_residual_out, 16) && aligned(p.weight, 16);
-    const bool warp = row_per_warp<T>(p.dim);
-    const int groups = warp ? kThreads / 32 : 1;
-    const Parts split = split_rows(p.rows, groups);
-    auto* partial = p.d_weight != nullptr ? static_cast<float*>(p.workspace) : nullptr;
-    const int64_t step = (kThreads / groups) * (vectors ? kVec<T> : 1);  // columns that a group takes at once
-    const size_t shared = partial != nullptr ? groups * ceil_div(p.dim, step) * step * sizeof(float) : 0;
-    auto kernel = vectors ? (warp ? backward_kernel<T, kVec<T>, 32> : backward_kernel<T, kVec<T>, kThreads>)
-                          : (warp ? backward_kernel<T, 1, 32> : backward_kernel<T, 1, kThreads>);
-    const char* message = launch_kernel(kernel, dim3(static_cast<unsigned>(split.parts)), kThreads, shared, launch, p,
-                                        split.rows_per_part, partial);
-    if (message != nullptr || partial == nullptr) return message;
-    return launch_kernel(weight_gradient_kernel, dim3(static_cast<unsigned>(ceil_div(p.dim, 32))), kThreads, 0, launch,
-                         partial, split.parts, p.dim, static_cast<float*>(p.d_weight));
+    return with_lanes<T>(p.dim, vectors, [&](auto n, auto lanes) -> const char* {
+      constexpr int kGroups = kBlock<lanes> / lanes;
+      const Parts split = split_rows(p.rows, kGroups);
+      auto* partial = p.d_weight != nullptr ? static_cast<float*>(p.workspace) : nullptr;
+      const int64_t step = lanes * n;  // columns that a group takes at once
+      const size_t shared = partial != nullptr ? kGroups * ceil_div(p.dim, step) * step * sizeof(float) : 0;
+      const char* message = launch_kernel(backward_kernel<T, n, lanes>, dim3(static_cast<unsigned>(split.parts)),
+                                          kBlock<lanes>, shared, launch, p, split.rows_per_part, partial);
+      if (message != nullptr || partial == nullptr) return message;
+      return launch_kernel(weight_gradient_kernel, dim3(static_cast<unsigned>(ceil_div(p.dim, 32))), kThreads, 0,
+                           launch, partial, split.parts, p.dim, static_cast<float*>(p.d_weight));
+    });
   });
 }
 
