@@ -27,12 +27,20 @@ YOCO_DEVICE T* row_of(const View& v, const Row& row) {
   return static_cast<T*>(v.data) + row.batch * v.batch_stride + row.time * v.time_stride + row.head * v.head_stride;
 }
 
-// Floats between the weight sums of two groups of lanes: rows of `dim` in whole vectors of all lanes, shifted so that
-// the two groups of a warp do not meet in a bank.
+// Where the weight sums of a group of lanes lie in shared memory: element j of a lane's vector `item` at
+// (item * N + j) * kPitch + lane. A warp that adds touches 32 banks (two groups of 16 lanes: kLanes apart), and so does
+// one that reads 32 neighbouring columns.
 template <int N, int kLanes>
-__host__ __device__ constexpr int64_t sum_stride(int64_t dim) {
-  return (dim + kLanes * N - 1) / (kLanes * N) * (kLanes * N) + (kLanes < 32 ? kLanes : 0);
-}
+struct WeightSums {
+  static constexpr int kPitch = (kLanes + 31) / 32 * 32 + (N > 1 ? 32 / N : 0);
+  static YOCO_DEVICE int at(int column) {
+    const int vector = column / N;
+    return (vector / kLanes * N + column % N) * kPitch + vector % kLanes;
+  }
+  static __host__ __device__ constexpr int64_t group_stride(int64_t dim) {
+    return (dim + kLanes * N - 1) / (kLanes * N) * N * kPitch + (kLanes < 32 ? kLanes : 0);
+  }
+};
 
 // How two elements become one, and what a gradient of the one means for the two.
 template <PairKind kKind>
@@ -140,19 +148,23 @@ template <typename T, int N, int kLanes, PairKind kKind>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const PairNormBackwardParams p, int64_t rows_per_part, float* partial) {
   constexpr int kItems = Source<kKind>::kItems, kGroups = kThreads / kLanes;
-  // [kGroups][stride]: element j of a lane's vector `item` at (item * N + j) * kLanes + lane, so that a warp's sums
-  // lie in different banks; each column has one owning lane per group.
-  extern __shared__ __align__(16) float weight_sum[];
+  using Sums = WeightSums<N, kLanes>;
+  extern __shared__ __align__(16) float weight_sum[];  // [kGroups][stride]; each column has one owning lane per group
   __shared__ float scratch[kThreads / 32];
   const int dim = static_cast<int>(p.dim), lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int64_t heads = p.weight_per_head ? 1 : p.heads, rows = p.batch * p.time * heads;
   const void* weight = weight_of_head<T>(p, blockIdx.y);
   const bool float_weight = p.weight_dtype == DType::kFloat32;
   const float scale = static_cast<float>(p.scale);
-  const int stride = static_cast<int>(sum_stride<N, kLanes>(dim));
-  float* sums = weight_sum + group * stride + lane;
+  const int stride = static_cast<int>(Sums::group_stride(dim));
+  float* sums = weight_sum + group * stride;
   if (partial != nullptr) {
-    for (int i = 0; i < stride; i += kLanes) sums[i] = 0.f;
+    for (int i = lane; i < stride; i += kLanes) sums[i] = 0.f;
+    if constexpr (kLanes > 32) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
   }
   const int64_t begin = int64_t(blockIdx.x) * rows_per_part;
   const int64_t end = min(begin + rows_per_part, rows);
@@ -200,11 +212,12 @@ __global__ void __launch_bounds__(kThreads)
     const auto finish = [&](const Vec<T, N>& a, const Vec<T, N>& b, const Vec<T, N>& d, int column) {
       float w[N], da[N], db[N];
       load_weight<T>(w, weight, float_weight, column);
+      const int first_sum = Sums::at(column);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float af = to_float(a[j]), bf = to_float(b[j]), df = to_float(d[j]), x = source.combine(af, bf);
         source.backward((df * w[j] - x * along_x) * factor, af, bf, da[j], db[j], d_lambda);
-        if (partial != nullptr) sums[column - lane * N + j * kLanes] += df * x * factor;
+        if (partial != nullptr) sums[first_sum + j * Sums::kPitch] += df * x * factor;
       }
       store_float(d_first + column, da);
       store_float(d_second + column, db);
@@ -230,9 +243,8 @@ __global__ void __launch_bounds__(kThreads)
   if (partial == nullptr) return;
   __syncthreads();
   for (int column = threadIdx.x; column < dim; column += kThreads) {
-    const int vector = column / N, at = (vector / kLanes * N + column % N) * kLanes + vector % kLanes;
     float sum = 0.f;
-    for (int g = 0; g < kGroups; ++g) sum += weight_sum[g * stride + at];
+    for (int g = 0; g < kGroups; ++g) sum += weight_sum[g * stride + Sums::at(column)];
     partial[(int64_t(blockIdx.x) * gridDim.y + blockIdx.y) * dim + column] = sum;
   }
 }
@@ -298,7 +310,8 @@ const char* pair_norm_backward(const PairNormBackwardParams& p, const Launch& la
       const int64_t y = weight_heads(p), weights = y * p.dim;
       const Parts split = split_rows(p.batch * p.time * p.heads / y, kGroups);
       auto* partial = p.d_weight != nullptr ? static_cast<float*>(p.workspace) : nullptr;
-      const size_t shared = partial != nullptr ? kGroups * sum_stride<n, lanes>(p.dim) * sizeof(float) : 0;
+      const size_t shared =
+          partial != nullptr ? kGroups * WeightSums<n, lanes>::group_stride(p.dim) * sizeof(float) : 0;
       const dim3 grid(static_cast<unsigned>(split.parts), static_cast<unsigned>(y));
       const char* message = launch_kernel(backward_kernel<T, n, lanes, kind>, grid, kThreads, shared, launch, p,
                                           split.rows_per_part, partial);
