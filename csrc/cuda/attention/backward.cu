@@ -4,7 +4,7 @@
 //   row_statistics_kernel        lse and delta = rowsum(d_out * out) - d_lse of every row
 //   attention_backward_kernel    dK, dV by key tiles, and dQ added in float32 (backward.h; on Hopper sm90/backward.cuh)
 //   finish_dq_kernel             ... rounded; or, deterministic or when only dQ is wanted,
-//   attention_backward_q_kernel  dQ by row tiles (backward_q.h)
+//   attention_backward_q_kernel  dQ by row tiles (sm90/backward_q.cuh, backward_q.h)
 //   reduce_latents_kernel, sink_gradient_kernel
 #include <algorithm>
 #include <type_traits>
@@ -259,6 +259,13 @@ const char* run_gradients(const AttentionBackwardParams& p, const BackwardPlan& 
                  : d == 128 ? launch_attention_backward<T, 128>
                             : launch_attention_backward<T, 256>)(p, plan, launch);
     }
+#ifdef YOCO_HAS_SM90
+    if (message == nullptr && by_rows && compute_capability(launch.device) == 90 && sm90::backward_q_fits(p)) {
+      return (d == 64    ? sm90::launch_attention_backward_q<T, 64>
+              : d == 128 ? sm90::launch_attention_backward_q<T, 128>
+                         : sm90::launch_attention_backward_q<T, 256>)(p, plan, launch);
+    }
+#endif
     if (message == nullptr && by_rows) {
       message = (d == 64    ? launch_attention_backward_q<T, 64>
                  : d == 128 ? launch_attention_backward_q<T, 128>

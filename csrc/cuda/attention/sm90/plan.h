@@ -31,19 +31,38 @@ inline bool readable(const View& v, int64_t batch, int64_t time, int64_t heads) 
   return v.data == nullptr || tma_readable(v, batch, time, heads, 2);
 }
 
-// TMA can read all inputs. Asked before the copies of align.h as well: those leave nothing to object to.
+// TMA can read this input. Asked before the copies of align.h as well: those leave nothing to object to.
+inline bool fits(const View& v, int64_t batch, int64_t time, int64_t heads) {
+  const bool copied = v.data != nullptr && !aligned(v, 2, 16);
+  return copied ? batch <= 1 || v.batch_stride != 0 : readable(v, batch, time, heads);
+}
 inline bool inputs_fit(const AttentionParams& p) {
-  const auto fits = [](const View& v, int64_t batch, int64_t time, int64_t heads) {
-    const bool copied = v.data != nullptr && !aligned(v, 2, 16);
-    return copied ? batch <= 1 || v.batch_stride != 0 : readable(v, batch, time, heads);
-  };
   const int64_t latent_batch = p.latents_shared ? 1 : p.batch;
   return fits(p.q, p.batch, p.time_q, p.heads_q) && fits(p.k, p.batch, p.time_k, p.heads_kv) &&
          fits(p.v, p.batch, p.time_k, p.heads_kv) && fits(p.latent_k, latent_batch, p.num_latents, p.heads_kv) &&
          fits(p.latent_v, latent_batch, p.num_latents, p.heads_kv);
 }
 
-// A map of [batch, time, heads, dim] with boxes of `rows` tokens of one head. Nothing is loaded of an empty tensor.
+// ---- dQ by rows
+// ------------------------------------------------------------------------------------------------------
+constexpr int kBackwardQRows = 128;  // of which a tile uses whole tokens
+struct BackwardQMaps {
+  CUtensorMap q, d_out;  // like ForwardMaps::q
+  CUtensorMap k, v, latent_k, latent_v;
+};
+// D: 64, 128 or 256.
+template <typename T, int D>
+const char* launch_attention_backward_q(const AttentionBackwardParams& p, const BackwardPlan& plan,
+                                        const Launch& launch);
+// Softcap, alibi and negative scales stay with the sm_80 kernel.
+inline bool backward_q_fits(const AttentionBackwardParams& p) {
+  return p.dtype != DType::kFloat32 && make_score_params(p).plain && p.heads_q / p.heads_kv <= kBackwardQRows &&
+         inputs_fit(p) && fits(p.d_out, p.batch, p.time_q, p.heads_q);
+}
+
+// ---- tensor maps
+// ----------------------------------------------------------------------------------------------------- A map of
+// [batch, time, heads, dim] with boxes of `rows` tokens of one head. Nothing is loaded of an empty tensor.
 inline const char* make_rows_map(CUtensorMap& map, const View& v, DType type, int64_t batch, int64_t time,
                                  int64_t heads, int64_t dim, int rows) {
   if (v.data == nullptr || batch * time * heads == 0) return nullptr;

@@ -1,0 +1,5 @@
+#include "cuda/attention/sm90/backward_q.cuh"
+
+template const char* yoco::cuda::sm90::launch_attention_backward_q<__nv_bfloat16, 128>(const AttentionBackwardParams&,
+                                                                                       const BackwardPlan&,
+                                                                                       const Launch&);

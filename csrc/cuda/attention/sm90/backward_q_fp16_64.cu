@@ -1,0 +1,4 @@
+#include "cuda/attention/sm90/backward_q.cuh"
+
+template const char* yoco::cuda::sm90::launch_attention_backward_q<__half, 64>(const AttentionBackwardParams&,
+                                                                               const BackwardPlan&, const Launch&);
