@@ -111,9 +111,10 @@ def simple_gla(
             final = state.clone(memory_format=torch.contiguous_format)
         o = yoco_ext.gated_retention_step(q, k, v, g, final, scale=scale)
     else:
-        o, final = yoco_ext.gated_retention(
-            q, k, v, g, scale=scale, initial_state=state, return_final_state=True, cu_seqlens=int32(cu_seqlens)
-        )
+        options = {"scale": scale, "initial_state": state, "cu_seqlens": int32(cu_seqlens)}
+        if not output_final_state:
+            return yoco_ext.gated_retention(q, k, v, g, **options), None
+        o, final = yoco_ext.gated_retention(q, k, v, g, return_final_state=True, **options)
     if not output_final_state:
         return o, None
     return o, final.transpose(-1, -2) if state_v_first else final

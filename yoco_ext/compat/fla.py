@@ -66,7 +66,7 @@ class _ChunkSimpleGLA:
         chunk_size: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         arguments = (q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
-        if verdict("chunk_simple_gla", gla_problem(q, v, g, g_gamma))[0]:
+        if verdict("chunk_simple_gla", gla_problem(q, v, g, g_gamma), mixed(q, k, v))[0]:
             return simple_gla(*arguments)
         return self.original.apply(*arguments, cu_seqlens_cpu, chunk_size)
 
