@@ -40,15 +40,14 @@ struct RunShape {
   static_assert(kBlocksPerSM * (kBytes + 1024) <= 228 * 1024);
 };
 
-// Which tokens a block visits, and where its shared memory lies. Tokens of a batch row fit 31 bits here (run.h), which
-// keeps the registers of the producer few.
+// Which tokens a block visits. It lies in shared memory: the warps' roles have few registers to spare for what they
+// need once per chunk. Tokens of a batch row fit 31 bits here (run.h).
 struct RunBlock {
   int n, head, segment, block_v, column, columns;  // RunItem's
   int batch, first_token, length;                  // of the sequence
   int num_chunks, segments;
   int begin, end;  // chunks of this segment, in the order of the run
   bool reverse, outputs;
-  uint32_t shared;
 
   // A chunk's tokens: [end - count, end) of the batch row.
   struct Chunk {

@@ -2,7 +2,7 @@
 // budget.
 //
 // A block owns one head of one sequence (or one segment of it) and kBlockV columns of v. Its warpgroups:
-//   producer   one warp brings Q, K, V of a chunk by TMA, another turns the chunk's gates into factors
+//   producer   one warp brings Q, K, V of a chunk by TMA, the others turn the chunk's gates into factors
 //   scores     P = (Q K^T) * decays of a chunk, ahead of
 //   state      one or two warpgroups, each with 64 columns of v: the state S^T [64, dim_k] stays in their accumulators
 //              O^T = row factors * (S^T Q^T) + V^T P^T          S^T = total * S^T + (update factors * V)^T K
@@ -16,14 +16,14 @@ namespace yoco::cuda::sm90 {
 
 // ---- producer ----
 template <typename Shape>
-YOCO_DEVICE void load_tiles(const RunBlock& b, const RetentionMaps::Run& maps, bool dots) {
+YOCO_DEVICE void load_tiles(uint32_t shared, const RunBlock& b, const RetentionMaps::Run& maps, bool dots) {
   RingPosition<Shape::kStages> at;
   const int bytes = (b.outputs ? 2 : 1) * Shape::kTileK + (dots ? 2 : 1) * Shape::kTileV;
 #pragma unroll 1
   for (int i = b.begin; i < b.end; ++i, at.advance()) {
-    const uint32_t tiles = b.shared + at.slot * Shape::kStageBytes, full = b.shared + Shape::kFull + at.slot * 8;
+    const uint32_t tiles = shared + at.slot * Shape::kStageBytes, full = shared + Shape::kFull + at.slot * 8;
     const RunBlock::Chunk c = b.chunk(i);
-    mbarrier_wait(b.shared + Shape::kEmpty + at.slot * 8, at.parity ^ 1);
+    mbarrier_wait(shared + Shape::kEmpty + at.slot * 8, at.parity ^ 1);
     mbarrier_arrive_expect(full, bytes);
 #pragma unroll
     for (int panel = 0; panel < Shape::kTileK / kPanelBytes; ++panel) {
@@ -41,7 +41,7 @@ YOCO_DEVICE void load_tiles(const RunBlock& b, const RetentionMaps::Run& maps, b
 }
 
 template <typename T, typename Shape>
-YOCO_DEVICE void load_chunk_gates(const RunBlock& b, const RetentionGrid& p, const RetentionRun& run,
+YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const RetentionGrid& p, const RetentionRun& run,
                                   ChunkGates* gates) {
   // Row r of the tiles is token r of the chunk in both directions; backwards, the run visits row 63 first.
   const int flip = b.reverse ? kChunk - 1 : 0;
@@ -50,32 +50,38 @@ YOCO_DEVICE void load_chunk_gates(const RunBlock& b, const RetentionGrid& p, con
     const int64_t first = b.batch * p.g.batch_stride + b.head * p.g.head_stride + (c.end - c.count) * p.g.time_stride;
     return load_gates<T>(p.g.data, first, p.g.time_stride, c.count, p.gate_is_float, flip);
   };
+  // The scan is a chain of about 1,600 cycles, so the warps take chunks in turn.
+  constexpr int kWarps = 3;
+  const int own = threadIdx.x / 32 - 1;
   RingPosition<Shape::kStages> at;
-  float2 next = b.begin < b.end ? read(b.begin) : make_float2(0.f, 0.f);
+  const auto skip = [&](int chunks) {
+    for (int j = 0; j < chunks; ++j) at.advance();
+  };
+  skip(own);
+  float2 next = b.begin + own < b.end ? read(b.begin + own) : make_float2(0.f, 0.f);
 #pragma unroll 1
-  for (int i = b.begin; i < b.end; ++i, at.advance()) {
+  for (int i = b.begin + own; i < b.end; i += kWarps, skip(kWarps)) {
     const float2 g = next;
-    if (i + 1 < b.end) next = read(i + 1);
-    mbarrier_wait(b.shared + Shape::kEmpty + at.slot * 8, at.parity ^ 1);
+    if (i + kWarps < b.end) next = read(i + kWarps);
+    mbarrier_wait(shared + Shape::kEmpty + at.slot * 8, at.parity ^ 1);
     scan_gates(gates[at.slot], g, !b.reverse, run.row_scale, run.update_scale, flip);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(b.shared + Shape::kFull + at.slot * 8);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared + Shape::kFull + at.slot * 8);
   }
 }
 
 // ---- scores ----
 template <typename T, int kDimK, typename Shape>
-YOCO_DEVICE void make_scores(const RunBlock& b, float scale, const ChunkGates* gates) {
+YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, float scale, const ChunkGates* gates) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
   // Where this lane points stmatrix in the 16 x 64 rows of its warp, columns 0-15: matrices (rows 0-7, 8-15) x (columns
   // 0-7, 8-15).
-  const int row = warp * 16 + lane % 16;
-  const uint32_t store_at = row * 128 + (((lane / 16) ^ (lane & 7)) << 4);
+  const uint32_t store_at = (warp * 16 + lane % 16) * 128 + (((lane / 16) ^ (lane & 7)) << 4);
   RingPosition<Shape::kStages> at;
   RingPosition<Shape::kScoreStages> to;
   for (int i = b.begin; i < b.end; ++i, at.advance(), to.advance()) {
-    const uint32_t tiles = b.shared + at.slot * Shape::kStageBytes;
-    mbarrier_wait(b.shared + Shape::kFull + at.slot * 8, at.parity);
+    const uint32_t tiles = shared + at.slot * Shape::kStageBytes;
+    mbarrier_wait(shared + Shape::kFull + at.slot * 8, at.parity);
     const uint64_t q = descriptor_k(tiles), k = descriptor_k(tiles + Shape::kK);
     float s[32];
     wgmma_fence();
@@ -88,42 +94,44 @@ YOCO_DEVICE void make_scores(const RunBlock& b, float scale, const ChunkGates* g
 
     const ChunkGates& gate = gates[at.slot];
     const float2 b_i[2] = {gate.sum[warp * 16 + lane_row], gate.sum[warp * 16 + lane_row + 8]};
+    const float2 b_r = gate.sum[warp * 16 + (b.reverse ? 15 : 0)];
+    const float row[2] = {scale * decay_between(b_i[0], b_r), scale * decay_between(b_i[1], b_r)};
+    mbarrier_wait(shared + Shape::kScoresEmpty + to.slot * 8, to.parity ^ 1);
+    const uint32_t tile = shared + Shape::kScores + to.slot * kPanelBytes + store_at;
     wgmma_wait<0>();
     pin_registers(s);
-    // Decays on the visible side of the diagonal; on the other side they would overflow.
+    // Decays 2^(b_i - b_j) where row i sees column j (elsewhere they would overflow). Away from the diagonal they are
+    // 2^(b_i - b_r) 2^(b_r - b_j) with r the row of this warp that comes first in time: between i and j, so neither
+    // overflows, and the second factor is shared by the rows.
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
-      const bool seen = b.reverse ? block >= warp : block <= warp;
+      float* const x = &s[block * 8];
+      const float2* const b_j = &gate.sum[block * 16 + lane_col];
+      if (block == warp) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float* const x = &s[block * 8 + j * 4];
-        if (seen) {
-          const float4 b_j = *reinterpret_cast<const float4*>(&gate.sum[block * 16 + j * 8 + lane_col]);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int column = block * 16 + j * 8 + lane_col + e % 2, own = warp * 16 + lane_row + e / 2 * 8;
-            const float decay =
-                decay_between(b_i[e / 2], e % 2 == 0 ? make_float2(b_j.x, b_j.y) : make_float2(b_j.z, b_j.w));
-            x[e] = (b.reverse ? column >= own : column <= own) ? x[e] * (decay * scale) : 0.f;
-          }
-        } else {
-          x[0] = x[1] = x[2] = x[3] = 0.f;
+        for (int e = 0; e < 8; ++e) {
+          const int column = e / 4 * 8 + e % 2, own = lane_row + e / 2 % 2 * 8;
+          const float decay = scale * decay_between(b_i[e / 2 % 2], b_j[column]);
+          x[e] = (b.reverse ? lane_col + column >= own : lane_col + column <= own) ? x[e] * decay : 0.f;
         }
-      }
-    }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(b.shared + Shape::kEmpty + at.slot * 8);
-    mbarrier_wait(b.shared + Shape::kScoresEmpty + to.slot * 8, to.parity ^ 1);
-    const uint32_t tile = b.shared + Shape::kScores + to.slot * kPanelBytes + store_at;
+      } else if (b.reverse ? block > warp : block < warp) {
+        const float decay[4] = {decay_between(b_r, b_j[0]), decay_between(b_r, b_j[1]), decay_between(b_r, b_j[8]),
+                                decay_between(b_r, b_j[9])};
 #pragma unroll
-    for (int block = 0; block < 4; ++block) {
-      const float* const v = &s[block * 8];
-      stmatrix(tile ^ (block << 5), pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]), pack2<T>(v[4], v[5]),
-               pack2<T>(v[6], v[7]));
+        for (int e = 0; e < 8; ++e) x[e] *= row[e / 2 % 2] * decay[e / 4 * 2 + e % 2];
+      } else {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[e] = 0.f;
+      }
+      stmatrix(tile ^ (block << 5), pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
+               pack2<T>(x[6], x[7]));
     }
     fence_async_proxy();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(b.shared + Shape::kScoresFull + to.slot * 8);
+    if (lane == 0) {
+      mbarrier_arrive(shared + Shape::kScoresFull + to.slot * 8);
+      mbarrier_arrive(shared + Shape::kEmpty + at.slot * 8);
+    }
   }
 }
 
@@ -144,28 +152,30 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
   const int64_t num_chunks = chunks_of(seq.length), segments = segments_of(num_chunks, p.segments);
   if (item.segment >= segments || (p.states_only && item.segment == segments - 1)) return;
   const KeyRange range = segment_chunks(num_chunks, segments, item.segment);
-  RunBlock b;
-  b.n = static_cast<int>(item.n), b.head = static_cast<int>(item.head), b.segment = item.segment;
-  b.block_v = item.block_v, b.column = item.column, b.columns = item.columns;
-  b.batch = static_cast<int>(seq.batch), b.first_token = static_cast<int>(seq.begin);
-  b.length = static_cast<int>(seq.length);
-  b.num_chunks = static_cast<int>(num_chunks), b.segments = static_cast<int>(segments);
-  b.begin = static_cast<int>(range.begin), b.end = static_cast<int>(range.end);
-  b.reverse = run.reverse, b.outputs = !p.states_only;
+  __shared__ RunBlock b;
+  if (threadIdx.x == 0) {
+    b.n = static_cast<int>(item.n), b.head = static_cast<int>(item.head), b.segment = item.segment;
+    b.block_v = item.block_v, b.column = item.column, b.columns = item.columns;
+    b.batch = static_cast<int>(seq.batch), b.first_token = static_cast<int>(seq.begin);
+    b.length = static_cast<int>(seq.length);
+    b.num_chunks = static_cast<int>(num_chunks), b.segments = static_cast<int>(segments);
+    b.begin = static_cast<int>(range.begin), b.end = static_cast<int>(range.end);
+    b.reverse = run.reverse, b.outputs = !p.states_only;
+  }
 
   extern __shared__ uint8_t shared_raw[];
-  b.shared = (shared_address(shared_raw) + 1023) / 1024 * 1024;
-  uint8_t* const shared = shared_raw + (b.shared - shared_address(shared_raw));
-  ChunkGates* const gates = reinterpret_cast<ChunkGates*>(shared + Shape::kGates);
+  const uint32_t shared = (shared_address(shared_raw) + 1023) / 1024 * 1024;
+  uint8_t* const shared_bytes = shared_raw + (shared - shared_address(shared_raw));
+  ChunkGates* const gates = reinterpret_cast<ChunkGates*>(shared_bytes + Shape::kGates);
   if (threadIdx.x == 0) {
     const int state_warps = 4 * Shape::kGroups;
     for (int s = 0; s < Shape::kStages; ++s) {
-      mbarrier_init(b.shared + Shape::kFull + s * 8, 2);  // tiles, gates
-      mbarrier_init(b.shared + Shape::kEmpty + s * 8, state_warps + (b.outputs ? 4 : 0));
+      mbarrier_init(shared + Shape::kFull + s * 8, 2);  // tiles, gates
+      mbarrier_init(shared + Shape::kEmpty + s * 8, state_warps + (p.states_only ? 0 : 4));
     }
     for (int s = 0; s < Shape::kScoreStages; ++s) {
-      mbarrier_init(b.shared + Shape::kScoresFull + s * 8, 4);
-      mbarrier_init(b.shared + Shape::kScoresEmpty + s * 8, state_warps);
+      mbarrier_init(shared + Shape::kScoresFull + s * 8, 4);
+      mbarrier_init(shared + Shape::kScoresEmpty + s * 8, state_warps);
     }
     mbarrier_init_fence();
   }
@@ -175,13 +185,14 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
   if (warpgroup == 0) {
     give_registers<Shape::kLoadRegisters>();
     if (threadIdx.x / 32 == 0) {
-      if (threadIdx.x == 0) load_tiles<Shape>(b, maps.runs[item.run], kBackward && b.outputs && run.x.data != nullptr);
-    } else if (threadIdx.x / 32 == 1) {
-      load_chunk_gates<T, Shape>(b, p, run, gates);
+      if (threadIdx.x == 0)
+        load_tiles<Shape>(shared, b, maps.runs[item.run], kBackward && !p.states_only && run.x.data != nullptr);
+    } else {
+      load_chunk_gates<T, Shape>(shared, b, p, run, gates);
     }
   } else if (warpgroup == 1) {
     give_registers<Shape::kScoreRegisters>();
-    if (b.outputs) make_scores<T, kDimK, Shape>(b, run.score_scale, gates);
+    if (!p.states_only) make_scores<T, kDimK, Shape>(shared, b, run.score_scale, gates);
   } else {
     take_registers<Shape::kStateRegisters>();
     const int group = Shape::kGroups == 1 ? 0 : warpgroup - 2;
@@ -191,17 +202,17 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
     if constexpr (kBackward) {
       const int64_t part_heads = (b.column / 64 + group) * p.heads + b.head;
       sums.tokens = run.dots + (part_heads * p.batch + b.batch) * p.time;
-      sums.dots = reinterpret_cast<float*>(shared + Shape::kDots) + group * 8 * kChunk;
-      sums.warps = reinterpret_cast<float*>(shared + Shape::kWarpSums) + group * 4;
+      sums.dots = reinterpret_cast<float*>(shared_bytes + Shape::kDots) + group * 8 * kChunk;
+      sums.warps = reinterpret_cast<float*>(shared_bytes + Shape::kWarpSums) + group * 4;
     }
     float state[kDimK / 2], decay;
     load_state(state, owner, b, p, run);
-    if (!b.outputs) {
-      decay = carry_state<T, kDimK, false, false>(state, owner, b, p, run, out, gates, sums);
+    if (p.states_only) {
+      decay = carry_state<T, kDimK, false, false>(state, shared, owner, b, p, run, out, gates, sums);
     } else if (kBackward && run.x.data != nullptr) {
-      decay = carry_state<T, kDimK, true, kBackward>(state, owner, b, p, run, out, gates, sums);
+      decay = carry_state<T, kDimK, true, kBackward>(state, shared, owner, b, p, run, out, gates, sums);
     } else {
-      decay = carry_state<T, kDimK, true, false>(state, owner, b, p, run, out, gates, sums);
+      decay = carry_state<T, kDimK, true, false>(state, shared, owner, b, p, run, out, gates, sums);
     }
     store_state(state, decay, owner, b, p, run);
   }

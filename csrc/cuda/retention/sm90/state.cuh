@@ -107,9 +107,9 @@ YOCO_DEVICE float2 sum_columns(float (&part)[16]) {
 // kOutputs: O is wanted, not only the state. kDots: O is dotted with x, which lies in the stage beside V. Returns the
 // product of the chunks' decays.
 template <typename T, int kDimK, bool kOutputs, bool kDots, typename Shape>
-YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], const StateOwner<kDimK, Shape>& owner, const RunBlock& b,
-                              const RetentionGrid& p, const RetentionRun& run, const CUtensorMap& out_map,
-                              const ChunkGates* gates, const GateSums& sums) {
+YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, const StateOwner<kDimK, Shape>& owner,
+                              const RunBlock& b, const RetentionGrid& p, const RetentionRun& run,
+                              const CUtensorMap& out_map, const ChunkGates* gates, const GateSums& sums) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, lane_col = lane % 4 * 2, group = owner.group;
   const bool leader = threadIdx.x % kWarpgroup == 0;
   // Where this lane points ldmatrix in a panel, tokens 0-15 of its warp's 16 columns; and the transposed stmatrix,
@@ -121,7 +121,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], const StateOwner<kDimK,
   RingPosition<Shape::kScoreStages> from;
 #pragma unroll 1
   for (int i = b.begin; i < b.end; ++i, at.advance(), from.advance()) {
-    const uint32_t tiles = b.shared + at.slot * Shape::kStageBytes;
+    const uint32_t tiles = shared + at.slot * Shape::kStageBytes;
     const ChunkGates& gate = gates[at.slot];
     [[maybe_unused]] int64_t anchor = -1;  // the state to save or to dot with, where there is one at this chunk
     if constexpr (kDots) {
@@ -137,7 +137,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], const StateOwner<kDimK,
     float o[32];
     uint32_t operand[kDimK / 16][4];
     if constexpr (kOutputs) pack_operand<T>(operand, state);
-    mbarrier_wait(b.shared + Shape::kFull + at.slot * 8, at.parity);
+    mbarrier_wait(shared + Shape::kFull + at.slot * 8, at.parity);
     if constexpr (kOutputs) {
       const uint64_t q = descriptor_k(tiles);
       const auto step = [](int d) { return descriptor_step(d / 4 * kPanelBytes + d % 4 * 32); };
@@ -210,7 +210,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], const StateOwner<kDimK,
         const float2 f = *reinterpret_cast<const float2*>(&gate.row[j * 8 + lane_col]);
         o[4 * j] *= f.x, o[4 * j + 1] *= f.y, o[4 * j + 2] *= f.x, o[4 * j + 3] *= f.y;
       }
-      mbarrier_wait(b.shared + Shape::kScoresFull + from.slot * 8, from.parity);
+      mbarrier_wait(shared + Shape::kScoresFull + from.slot * 8, from.parity);
     }
 #pragma unroll
     for (int j = 0; j < kDimK / 2; ++j) state[j] *= total;
@@ -219,7 +219,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], const StateOwner<kDimK,
     pin_registers(state);
     wgmma_fence();
     if constexpr (kOutputs) {
-      const uint64_t scores = descriptor_k(b.shared + Shape::kScores + from.slot * kPanelBytes);
+      const uint64_t scores = descriptor_k(shared + Shape::kScores + from.slot * kPanelBytes);
       const uint64_t values = descriptor_mn(tiles + Shape::kV + panel, kPanelBytes);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -236,14 +236,14 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], const StateOwner<kDimK,
     if constexpr (kOutputs) {
       wgmma_wait<1>();
       pin_registers(o);
-      if (lane == 0) mbarrier_arrive(b.shared + Shape::kScoresEmpty + from.slot * 8);
+      if (lane == 0) mbarrier_arrive(shared + Shape::kScoresEmpty + from.slot * 8);
       float* const dots = sums.dots + i % 2 * 4 * kChunk;
       if constexpr (kDots) {
         for_x([&](float2 x, int n, int k) { part[2 * k] += o[n] * x.x, part[2 * k + 1] += o[n + 1] * x.y; });
         reinterpret_cast<float2*>(dots + warp * kChunk)[lane] = sum_columns(part);
       }
       // O has a tile of its own, or takes the place of X, of which every warp has read its columns.
-      const uint32_t out = Shape::kOutInStage ? tiles + Shape::kX : b.shared + Shape::kOut;
+      const uint32_t out = Shape::kOutInStage ? tiles + Shape::kX : shared + Shape::kOut;
       if constexpr (Shape::kOutInStage) {
         __syncwarp();
       } else {
@@ -276,7 +276,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], const StateOwner<kDimK,
     if constexpr (kOutputs && Shape::kOutInStage) {
       if (leader) bulk_wait_read<0>();
     }
-    if (lane == 0) mbarrier_arrive(b.shared + Shape::kEmpty + at.slot * 8);
+    if (lane == 0) mbarrier_arrive(shared + Shape::kEmpty + at.slot * 8);
 
     if constexpr (kDots) {
       if (anchor >= 0 && b.reverse) {  // <S, D> behind the chunk, where the run forwards left S
