@@ -12,7 +12,7 @@ namespace yoco::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxParts = 528;             // partial sums of the weight gradient: four blocks per SM of an H100
+constexpr int64_t kMaxParts = 264;             // partial sums of the weight gradient: two blocks per SM of an H100
 constexpr int64_t kMaxWeightGradient = 32768;  // its shared memory must fit every supported device
 
 template <int kLanes>
@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(kThreads) weight_gradient_kernel(const float* 
 struct Parts {
   int64_t parts, rows_per_part;
 };
-inline Parts split_rows(int64_t rows, int groups) {
+inline Parts split_rows(int64_t rows, int groups, int64_t max_parts = kMaxParts) {
   const int64_t steps = ceil_div(rows, groups);  // a block takes `groups` rows at a time
-  const int64_t steps_per_part = ceil_div(std::max<int64_t>(steps, 1), kMaxParts);
+  const int64_t steps_per_part = ceil_div(std::max<int64_t>(steps, 1), max_parts);
   return {ceil_div(rows, steps_per_part * groups), steps_per_part * groups};
 }
 

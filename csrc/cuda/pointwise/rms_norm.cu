@@ -17,9 +17,20 @@ namespace yoco::cuda {
 namespace {
 
 constexpr int kItems = 4;
+constexpr int64_t kMaxRowParts = 528;  // a block may hold one row only: four per SM of an H100
 // A row belongs to 32 lanes of a block of eight rows, or to a block of 64, 128 or 256.
 template <int kLanes>
 constexpr int kBlock = kLanes == 32 ? kThreads : kLanes;
+
+// Weight sums of a group of lanes in shared memory: element j of a lane's vector `item` at (item * N + j) * kSumStride
+// + lane. A warp's sums lie in different banks when a row is added (stride 1), and, through the padding, when they are
+// read column by column (stride kSumStride between the N elements of a vector).
+template <int N, int kLanes>
+constexpr int kSumStride = kLanes + (N == 1 ? 0 : 32 / N);
+template <int N, int kLanes>
+__host__ __device__ constexpr int64_t sum_floats(int64_t dim) {
+  return (dim + kLanes * N - 1) / (kLanes * N) * N * kSumStride<N, kLanes>;
+}
 
 template <typename T, int N, int kLanes>
 __global__ void __launch_bounds__(kBlock<kLanes>) forward_kernel(const RmsNormParams p) {
@@ -93,16 +104,15 @@ template <typename T, int N, int kLanes>
 __global__ void __launch_bounds__(kBlock<kLanes>)
     backward_kernel(const RmsNormBackwardParams p, int64_t rows_per_part, float* partial) {
   constexpr int kGroups = kBlock<kLanes> / kLanes;
-  // [kGroups][padded dim]: element j of a lane's vector `item` at (item * N + j) * kLanes + lane, so that a warp's sums
-  // lie in different banks; each column has one owning lane per group.
-  extern __shared__ __align__(16) float weight_sum[];
+  constexpr int kStride = kSumStride<N, kLanes>;
+  extern __shared__ __align__(16) float weight_sum[];  // [kGroups][sum_floats]; each column has one lane per group
   __shared__ float scratch[kThreads / 32];
   const int dim = static_cast<int>(p.dim), lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const bool float_weight = p.weight_dtype == DType::kFloat32;
-  const int padded = (dim + kLanes * N - 1) / (kLanes * N) * (kLanes * N);
+  const int padded = static_cast<int>(sum_floats<N, kLanes>(dim));
   float* sums = weight_sum + group * padded + lane;
   if (partial != nullptr) {
-    for (int i = 0; i < padded; i += kLanes) sums[i] = 0.f;
+    for (int i = 0; i < padded; i += kStride) sums[i] = 0.f;
   }
   const int64_t begin = int64_t(blockIdx.x) * rows_per_part;
   const int64_t end = min(begin + rows_per_part, p.rows);
@@ -121,7 +131,7 @@ __global__ void __launch_bounds__(kBlock<kLanes>)
       for (int j = 0; j < N; ++j) {
         const float n = to_float(vx[j]) * rstd, d = to_float(vd[j]);
         sum += d * w[j] * n;
-        if (partial != nullptr) sums[column - lane * N + j * kLanes] += d * n;
+        if (partial != nullptr) sums[(column / (kLanes * N) * N + j) * kStride] += d * n;
       }
     };
     // All loads before the first use.
@@ -164,7 +174,7 @@ __global__ void __launch_bounds__(kBlock<kLanes>)
   if (partial == nullptr) return;
   __syncthreads();
   for (int column = threadIdx.x; column < dim; column += kBlock<kLanes>) {
-    const int vector = column / N, at = (vector / kLanes * N + column % N) * kLanes + vector % kLanes;
+    const int vector = column / N, at = (vector / kLanes * N + column % N) * kStride + vector % kLanes;
     float sum = 0.f;
     for (int g = 0; g < kGroups; ++g) sum += weight_sum[g * padded + at];
     partial[blockIdx.x * p.dim + column] = sum;
@@ -204,7 +214,7 @@ const char* rms_norm(const RmsNormParams& p, const Launch& launch) {
 }
 
 size_t rms_norm_backward_workspace(const RmsNormBackwardParams& p, const Launch&) {
-  return p.d_weight == nullptr ? 0 : static_cast<size_t>(kMaxParts * p.dim) * sizeof(float);
+  return p.d_weight == nullptr ? 0 : static_cast<size_t>(kMaxRowParts * p.dim) * sizeof(float);
 }
 
 const char* rms_norm_backward(const RmsNormBackwardParams& p, const Launch& launch) {
@@ -217,10 +227,9 @@ const char* rms_norm_backward(const RmsNormBackwardParams& p, const Launch& laun
                          aligned(p.d_residual_out, 16) && aligned(p.weight, 16);
     return with_lanes<T>(p.dim, vectors, [&](auto n, auto lanes) -> const char* {
       constexpr int kGroups = kBlock<lanes> / lanes;
-      const Parts split = split_rows(p.rows, kGroups);
+      const Parts split = split_rows(p.rows, kGroups, kMaxRowParts);
       auto* partial = p.d_weight != nullptr ? static_cast<float*>(p.workspace) : nullptr;
-      const int64_t step = lanes * n;  // columns that a group takes at once
-      const size_t shared = partial != nullptr ? kGroups * ceil_div(p.dim, step) * step * sizeof(float) : 0;
+      const size_t shared = partial != nullptr ? kGroups * sum_floats<n, lanes>(p.dim) * sizeof(float) : 0;
       const char* message = launch_kernel(backward_kernel<T, n, lanes>, dim3(static_cast<unsigned>(split.parts)),
                                           kBlock<lanes>, shared, launch, p, split.rows_per_part, partial);
       if (message != nullptr || partial == nullptr) return message;
