@@ -125,6 +125,8 @@ YOCO_DEVICE void produce(const AttentionParams& p, const ForwardPlan& plan, cons
         at_v.advance();
       };
 
+      // In the order of use; the last tile may still hold Q when there is room for K.
+      load_k(tile.begin);
       mbarrier_wait(shared + Shared::kQEmpty, q_parity ^ 1);
       q_parity ^= 1;
       if (leader) {
@@ -137,8 +139,6 @@ YOCO_DEVICE void produce(const AttentionParams& p, const ForwardPlan& plan, cons
                    map.head_kv, batch);
         }
       }
-      // In the order of use: S(n + 1) comes before O(n).
-      load_k(tile.begin);
       for (int n = tile.begin; n < tile.end; ++n) {
         if (n + 1 < tile.end) load_k(n + 1);
         load_v(n);
