@@ -24,10 +24,12 @@ YOCO_DEVICE int64_t row_offset(const View& v, int64_t batch, int64_t time, int64
 struct Row {
   int64_t batch, time, head;
 };
+// row < 2^31 (the host checks): a 64-bit division is a call, around which the kernels would spill.
 template <typename Params>
 YOCO_DEVICE Row split_row(const Params& p, int64_t row) {
-  const int64_t bt = row / p.heads, batch = bt / p.time;
-  return {batch, bt - batch * p.time, row - bt * p.heads};
+  const uint32_t heads = uint32_t(p.heads), time = uint32_t(p.time);
+  const uint32_t bt = uint32_t(row) / heads, batch = bt / time;
+  return {int64_t(batch), int64_t(bt - batch * time), int64_t(uint32_t(row) - bt * heads)};
 }
 
 template <typename T, int N, int kLanes>
@@ -57,7 +59,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RetentionOutput
   for (int column = (kItems<T> * kLanes + lane) * N; column < dim; column += kLanes * N) {
     accumulate(load_const<N>(o + column));
   }
-  const float rstd = rsqrtf(group_sum<kLanes>(sum) / dim + static_cast<float>(p.eps));
+  // __fdividef: an exact quotient is a call as well.
+  const float rstd = rsqrtf(__fdividef(group_sum<kLanes>(sum), dim) + static_cast<float>(p.eps));
   if (!active) return;
   const auto finish = [&](const Vec<T, N>& vo, const Vec<T, N>& vg, int column) {
     float out[N];
@@ -152,6 +155,7 @@ const char* with_lanes(int64_t dim, bool vectors, Run run) {
 
 const char* retention_output(const RetentionOutputParams& p, const Launch& launch) {
   if (p.dim == 0) return nullptr;
+  if (p.batch * p.time * p.heads > INT32_MAX) return "retention_output: more than 2^31 heads of tokens in one call";
   return YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* {
     const bool vectors = p.dim % kVec<T> == 0 && aligned(p.o, sizeof(T), 16) && aligned(p.gate, sizeof(T), 16) &&
                          aligned(p.y, sizeof(T), 16);
@@ -164,6 +168,7 @@ const char* retention_output(const RetentionOutputParams& p, const Launch& launc
 
 const char* retention_output_backward(const RetentionOutputBackwardParams& p, const Launch& launch) {
   if (p.dim == 0) return nullptr;
+  if (p.batch * p.time * p.heads > INT32_MAX) return "retention_output: more than 2^31 heads of tokens in one call";
   return YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* {
     const bool vectors = p.dim % kVec<T> == 0 && aligned(p.o, sizeof(T), 16) && aligned(p.gate, sizeof(T), 16) &&
                          aligned(p.dy, sizeof(T), 16) && aligned(p.d_o, sizeof(T), 16) &&
