@@ -24,6 +24,8 @@ struct View {
 
 // ---- gated retention -------------------------------------------------------------------------------
 // S_t = exp(g_t) S_{t-1} + k_t^T v_t,  o_t = scale * q_t S_t.  State dtype: float32 (float64 for float64 inputs).
+// gate_normalizer > 0: g holds logits x, the log decay is logsigmoid(x) / gate_normalizer, and dg is the gradient of x.
+// 0: g is the log decay itself.
 struct RetentionParams {
   DType dtype;       // of q, k, v, o and their gradients
   DType gate_dtype;  // of g and dg: dtype or float32
@@ -31,9 +33,10 @@ struct RetentionParams {
   int64_t num_sequences;
   const int32_t* cu_seqlens;  // [num_sequences + 1] or null
   double scale;
+  double gate_normalizer;
   View q, k;                  // [batch, time, heads, dim_k]
   View v, o;                  // [batch, time, heads, dim_v]
-  View g;                     // [batch, time, heads]: log decay <= 0
+  View g;                     // [batch, time, heads]: log decay <= 0, or logits
   const void* initial_state;  // [num_sequences, heads, dim_k, dim_v] contiguous, or null (zero)
   void* final_state;          // same shape, or null (not wanted)
   void* workspace;            // *_workspace(params) bytes, 256-byte aligned; contents undefined
@@ -53,7 +56,7 @@ struct RetentionBackwardParams : RetentionParams {
 struct RetentionStepParams {
   DType dtype, gate_dtype;
   int64_t batch, time, heads, dim_k, dim_v;
-  double scale;
+  double scale, gate_normalizer;
   View q, k, v, o, g;
   void* state;  // [batch, heads, dim_k, dim_v] contiguous, in and out
 };
@@ -305,6 +308,6 @@ struct KernelTable {
   size_t (*pair_norm_backward_workspace)(const PairNormBackwardParams&, const Launch&);
 };
 
-constexpr int32_t kKernelTableVersion = 2;
+constexpr int32_t kKernelTableVersion = 3;
 
 }  // namespace yoco

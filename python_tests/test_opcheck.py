@@ -98,6 +98,7 @@ def retention_inputs(make, ints, case, grad=True):
 @pytest.mark.parametrize("final", [True, False])
 def test_gated_retention(make, ints, case, final):
     opcheck(ops.gated_retention, (*retention_inputs(make, ints, case), final))
+    opcheck(ops.gated_retention, (*retention_inputs(make, ints, case), final, 16.0))  # gates as logits
 
 
 @pytest.mark.parametrize("case", ["plain", "state", "packed"])
@@ -106,11 +107,13 @@ def test_gated_retention_backward(make, ints, case):
     o, state = ops.gated_retention(*inputs, True)
     opcheck(ops.gated_retention_backward, (torch.randn_like(o), torch.randn_like(state), *inputs))
     opcheck(ops.gated_retention_backward, (torch.randn_like(o), None, *inputs))
+    opcheck(ops.gated_retention_backward, (torch.randn_like(o), torch.randn_like(state), *inputs, 16.0))
 
 
 def test_gated_retention_step(make, ints):
     q, k, v, g, state, _, scale = retention_inputs(make, ints, "state", grad=False)
     opcheck(ops.gated_retention_step, (q, k, v, g, state, scale))
+    opcheck(ops.gated_retention_step, (q, k, v, g, state, scale, 16.0))
 
 
 @pytest.mark.parametrize("paged", [True, False])

@@ -122,7 +122,9 @@ def _no_gradient(op: str, instead: str, *tensors: Tensor) -> None:
 
 
 # ---- gated retention -----------------------------------------------------------------------------------------------
-def _retention_tensors(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[int, int, int, int, int]:
+def _retention_tensors(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, normalizer: float | None
+) -> tuple[int, int, int, int, int]:
     _rank("q", q, 4, "[batch, time, heads, dim_k]")
     _rank("k", k, 4, "[batch, time, heads, dim_k]")
     _rank("v", v, 4, "[batch, time, heads, dim_v]")
@@ -143,6 +145,8 @@ def _retention_tensors(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[int,
     _last_contiguous("q", q)
     _last_contiguous("k", k)
     _last_contiguous("v", v)
+    if normalizer is not None and (isinstance(normalizer, (Tensor, str, bool)) or not normalizer > 0):
+        fail("gate_logit_normalizer", _describe(normalizer), "a positive number, or None (g is the log decay)")
     return batch, time, heads, dim_k, dim_v
 
 
@@ -155,10 +159,17 @@ def _state(argument: str, state: Any, shape: Sequence[int], q: Tensor) -> None:
 
 
 def gated_retention(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None, initial_state: Tensor | None, cu: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu: Tensor | None,
+    normalizer: float | None = None,
 ) -> int:
     """Returns the number of sequences."""
-    batch, _, heads, dim_k, dim_v = _retention_tensors(q, k, v, g)
+    batch, _, heads, dim_k, dim_v = _retention_tensors(q, k, v, g, normalizer)
     _number("scale", scale)
     sequences = batch if cu is None else cu_seqlens("cu_seqlens", cu, batch, q)
     if initial_state is not None:
@@ -166,8 +177,10 @@ def gated_retention(
     return sequences
 
 
-def gated_retention_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float | None) -> None:
-    batch, time, heads, dim_k, dim_v = _retention_tensors(q, k, v, g)
+def gated_retention_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float | None, normalizer: float | None = None
+) -> None:
+    batch, time, heads, dim_k, dim_v = _retention_tensors(q, k, v, g, normalizer)
     _number("scale", scale)
     if not 1 <= time <= MAX_STEP_TOKENS:
         fail("q", f"{time} tokens", f"1 to {MAX_STEP_TOKENS} tokens; gated_retention takes any number")

@@ -134,15 +134,33 @@ YOCO_INLINE void exp_below(C* out, const double* x, double sign, double from, in
   }
 }
 
+// Logits -> log decays: x = logsigmoid(x) / normalizer, in place. log(1 + y) for y in (0, 1] is 2 atanh(y / (2 + y)), a
+// series in squares of at most 1/9.
+template <class C>
+YOCO_INLINE void logits_to_decays(C* x, int n, C normalizer) {
+  constexpr int kTerms = sizeof(C) == 4 ? 8 : 18;
+  for (int i = 0; i < n; i += kLanes<C>) {
+    const Vec<C> v = load<C>(x + i), zero{};
+    const Vec<C> y = exp(v < zero ? v : -v), z = y / (C(2) + y), square = z * z;
+    Vec<C> sum = splat(C(1) / C(2 * kTerms - 1));
+    for (int k = kTerms - 2; k >= 0; --k) sum = sum * square + C(1) / C(2 * k + 1);
+    store<C>(x + i, ((v > zero ? zero : v) - C(2) * z * sum) / normalizer);
+  }
+}
+
+// normalizer: of RetentionParams, 0 where g holds log decays.
 template <class C, class G>
-void load_decay(Decay<C>& d, const View& g, const Tokens& tokens, int64_t head, C scale, bool pairs) {
+void load_decay(Decay<C>& d, const View& g, const Tokens& tokens, int64_t head, C scale, C normalizer, bool pairs) {
   alignas(64) double b[kChunk];  // b_i
   alignas(64) C one[kChunk];     // exp(g_i)
   double sum = 0;
   const G* row = element<G>(g, tokens.batch, tokens.begin, head);
   double step[kChunk];
+  alignas(64) C given[kChunk] = {};
+  for (int64_t i = 0; i < tokens.length; ++i) given[i] = static_cast<C>(to_float(row[i * g.time_stride]));
+  if (normalizer > 0) logits_to_decays(given, kChunk, normalizer);
   for (int64_t i = 0; i < kChunk; ++i) {
-    double x = i < tokens.length ? static_cast<double>(to_float(row[i * g.time_stride])) : 0.0;
+    double x = i < tokens.length ? static_cast<double>(given[i]) : 0.0;
     if (x < -1e5) x = -1e5;  // exp is 0 long before; keeps -inf - -inf out of the differences
     step[i] = x;
     sum += x;

@@ -161,7 +161,7 @@ class Backward {
     const size_t mark = t.arena.mark();
     const Tokens tokens = chunk_tokens(sequence, c);
     const int64_t rows = round_up(tokens.length, Ops::kStep);
-    load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), false);
+    load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), static_cast<C>(p_.gate_normalizer), false);
     const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_);
     const Rows<E> v = load_rows<Ops, T>(t.arena, p_.v, tokens, head, p_.dim_v, rows, dim_v_);
     const Left vt = Ops::left_transposed(t.arena, v, rows, dim_v_);
@@ -176,7 +176,7 @@ class Backward {
     const size_t mark = t.arena.mark();
     const Tokens tokens = chunk_tokens(sequence, c);
     const int64_t rows = round_up(tokens.length, Ops::kStep);
-    load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), false);
+    load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), static_cast<C>(p_.gate_normalizer), false);
     const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_);
     const Rows<E> d_o = load_rows<Ops, T>(t.arena, p_.d_o, tokens, head, p_.dim_v, rows, dim_v_);
     scale_rows(to, t.decay->total, dim_v_, dim_k_);
@@ -268,7 +268,7 @@ class Backward {
     constexpr int64_t step = Ops::kStep;
     const int64_t rows = round_up(tokens.length, step);
     const Decay<C>& decay = *t.decay;
-    load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), true);
+    load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), static_cast<C>(p_.gate_normalizer), true);
     const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_);
     const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_);
     const Rows<E> v = load_rows<Ops, T>(t.arena, p_.v, tokens, head, p_.dim_v, rows, dim_v_);
@@ -420,7 +420,12 @@ class Backward {
     }
     double earlier = sums.through;
     for (int64_t i = 0; i < tokens.length; ++i) {
-      from_float(static_cast<C>(later[i] + earlier), element<G>(p_.dg, tokens.batch, tokens.begin + i, head));
+      double gradient = later[i] + earlier;
+      if (p_.gate_normalizer > 0) {  // of the logit: times the slope of logsigmoid
+        const double x = static_cast<double>(to_float(*element<G>(p_.g, tokens.batch, tokens.begin + i, head)));
+        gradient /= p_.gate_normalizer * (1 + std::exp(x));
+      }
+      from_float(static_cast<C>(gradient), element<G>(p_.dg, tokens.batch, tokens.begin + i, head));
       earlier += sums.row_to_state[i];
     }
   }

@@ -148,7 +148,8 @@ class Forward {
       const size_t mark = t.arena.mark();
       const Tokens tokens = chunk_tokens(sequence, c);
       const int64_t rows = round_up(tokens.length, Ops::kStep);
-      load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), outputs);
+      load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), static_cast<C>(p_.gate_normalizer),
+                       outputs);
       const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_);
       const Rows<E> v = load_rows<Ops, T>(t.arena, p_.v, tokens, head, p_.dim_v, rows, dim_v_);
       const Right kt = Ops::right_transposed(t.arena, k, rows, dim_k_);

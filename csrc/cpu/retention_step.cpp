@@ -56,7 +56,9 @@ class Step {
         io.store(q[i], scale * io.load(q_row));
         io.store(k[i], io.load(k_row));
       });
-      const double exact = std::exp(static_cast<double>(to_float(*element<G>(p_.g, batch, t + i, head))));
+      double g = static_cast<double>(to_float(*element<G>(p_.g, batch, t + i, head)));
+      if (p_.gate_normalizer > 0) g = (std::min(g, 0.0) - std::log1p(std::exp(-std::abs(g)))) / p_.gate_normalizer;
+      const double exact = std::exp(g);
       gamma[i].high = static_cast<C>(exact);
       gamma[i].low = static_cast<C>(exact - static_cast<double>(gamma[i].high));
     }

@@ -7,7 +7,7 @@ namespace {
 struct Inputs {
   const Tensor &q, &k, &v, &g;
   const OptionalTensor &initial_state, &cu_seqlens;
-  double scale;
+  double scale, gate_normalizer;
 };
 
 // Shape of states, and everything of RetentionParams that forward and backward share.
@@ -39,6 +39,8 @@ std::vector<int64_t> fill(const Inputs& in, RetentionParams& p) {
   check_side_input(in.initial_state, "initial_state", state_shape, accumulator_type(q), q);
   p.cu_seqlens = data_or_null<int32_t>(in.cu_seqlens);
   p.scale = in.scale;
+  check(in.gate_normalizer >= 0, "gate_normalizer is ", in.gate_normalizer, "; it must be positive, or 0 (log decays)");
+  p.gate_normalizer = in.gate_normalizer;
   p.q = view_of(q), p.k = view_of(in.k), p.v = view_of(in.v), p.g = view_of(in.g);
   p.initial_state = data_or_null<void>(in.initial_state);
   p.final_state = nullptr;
@@ -50,9 +52,9 @@ std::vector<int64_t> fill(const Inputs& in, RetentionParams& p) {
 
 std::tuple<Tensor, Tensor> gated_retention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                                            const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
-                                           double scale, bool return_final_state) {
+                                           double scale, bool return_final_state, double gate_normalizer) {
   RetentionParams p{};
-  const auto state_shape = fill({q, k, v, g, initial_state, cu_seqlens, scale}, p);
+  const auto state_shape = fill({q, k, v, g, initial_state, cu_seqlens, scale, gate_normalizer}, p);
   const Backend backend = backend_for(q);
   Tensor o = empty(q, {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type());
   Tensor final_state = return_final_state ? empty(q, state_shape, accumulator_type(q)) : nothing(q);
@@ -65,9 +67,10 @@ std::tuple<Tensor, Tensor> gated_retention(const Tensor& q, const Tensor& k, con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_retention_backward(
     const Tensor& d_o_given, const OptionalTensor& d_final_state, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& g, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, double scale) {
+    const Tensor& g, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, double scale,
+    double gate_normalizer) {
   RetentionBackwardParams p{};
-  const auto state_shape = fill({q, k, v, g, initial_state, cu_seqlens, scale}, p);
+  const auto state_shape = fill({q, k, v, g, initial_state, cu_seqlens, scale, gate_normalizer}, p);
   const Tensor d_o = with_contiguous_last(d_o_given);
   check_bthd(d_o, "d_o", {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type(), q, "q");
   const OptionalTensor d_state =
@@ -89,15 +92,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_retention_backward(
 }
 
 Tensor gated_retention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& state,
-                            double scale) {
+                            double scale, double gate_normalizer) {
   RetentionParams shared{};
-  const auto state_shape = fill({q, k, v, g, state, std::nullopt, scale}, shared);
+  const auto state_shape = fill({q, k, v, g, state, std::nullopt, scale, gate_normalizer}, shared);
   check(shared.time >= 1 && shared.time <= 16, "q has time ", shared.time,
         "; gated_retention_step takes 1 to 16 tokens, gated_retention any number");
   RetentionStepParams p{};
   p.dtype = shared.dtype, p.gate_dtype = shared.gate_dtype;
   p.batch = shared.batch, p.time = shared.time, p.heads = shared.heads;
-  p.dim_k = shared.dim_k, p.dim_v = shared.dim_v, p.scale = scale;
+  p.dim_k = shared.dim_k, p.dim_v = shared.dim_v, p.scale = scale, p.gate_normalizer = gate_normalizer;
   p.q = shared.q, p.k = shared.k, p.v = shared.v, p.g = shared.g;
   const Backend backend = backend_for(q);
   Tensor o = empty(q, {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type());

@@ -14,11 +14,14 @@ namespace yoco {
   "float softcap"
 
 inline constexpr const char* kSchemas[] = {
-  "gated_retention(" YOCO_RETENTION_INPUTS ", bool return_final_state) -> (Tensor o, Tensor final_state)",
+  "gated_retention(" YOCO_RETENTION_INPUTS ", bool return_final_state, "
+    "float gate_normalizer=0.0) -> (Tensor o, Tensor final_state)",
+  // gate_normalizer > 0: g holds logits, see params.h.
   // final_state gradient and initial_state may be absent; d_initial_state is empty unless initial_state was given.
-  "gated_retention_backward(Tensor d_o, Tensor? d_final_state, " YOCO_RETENTION_INPUTS ")"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor d_initial_state)",
-  "gated_retention_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, float scale) -> Tensor",
+  "gated_retention_backward(Tensor d_o, Tensor? d_final_state, " YOCO_RETENTION_INPUTS ", "
+    "float gate_normalizer=0.0) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor d_initial_state)",
+  "gated_retention_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, float scale, "
+    "float gate_normalizer=0.0) -> Tensor",
 
   // window_left, window_right: -1 = unlimited; causal is window_right = 0.
   // deterministic is for the backward, which takes it from here.

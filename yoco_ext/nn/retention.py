@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .basic import DECODE_TOKENS, Layer, RotaryEmbedding
@@ -58,16 +56,15 @@ class GatedRetention(Layer):
         q = self.rotary(self.q_proj(x).view(heads), offsets=offsets, cu_seqlens=cu_seqlens)
         k = self.rotary(self.k_proj(x).view(heads), offsets=offsets, cu_seqlens=cu_seqlens)
         v = self.v_proj(x).view(heads)
-        # The log decay keeps float32: rounded to bfloat16 it drifts within a few thousand tokens.
-        gt = self.gt_proj(x)
-        g = F.logsigmoid(gt.to(torch.promote_types(gt.dtype, torch.float32))) / self.gate_logit_normalizer
+        gt = self.gt_proj(x)  # the kernels make the log decay of it, in float32
+        options = {"gate_logit_normalizer": self.gate_logit_normalizer}
         if state is None:
-            o = self.ops.gated_retention(q, k, v, g, cu_seqlens=cu_seqlens)
+            o = self.ops.gated_retention(q, k, v, gt, cu_seqlens=cu_seqlens, **options)
         elif cu_seqlens is None and x.shape[1] <= DECODE_TOKENS:
-            o = self.ops.gated_retention_step(q, k, v, g, state)
+            o = self.ops.gated_retention_step(q, k, v, gt, state, **options)
         else:
             o, final_state = self.ops.gated_retention(
-                q, k, v, g, initial_state=state, return_final_state=True, cu_seqlens=cu_seqlens
+                q, k, v, gt, initial_state=state, return_final_state=True, cu_seqlens=cu_seqlens, **options
             )
             state.copy_(final_state)
         y = self.ops.retention_output(o, self.g_proj(x).view(heads), eps=self.norm_eps)

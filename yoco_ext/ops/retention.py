@@ -30,6 +30,7 @@ def gated_retention(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    gate_logit_normalizer: float | None = None,
 ) -> Any:
     """Linear attention with one decay per head and token: S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t.
 
@@ -40,11 +41,13 @@ def gated_retention(
     Args:
         q, k: [B, T, H, Dk]; v: [B, T, H, Dv]. Any T; Dk and Dv multiples of 8 up to 256. Strides are free as long as
             the last dimension is contiguous. bfloat16, float16, float32, on the CPU float64. Cast under autocast.
-        g: [B, T, H], natural logarithm of the decay, <= 0; dtype of q or float32.
+        g: [B, T, H], natural logarithm of the decay, <= 0; dtype of q or float32. With a gate_logit_normalizer: logits.
         scale: default Dk ** -0.5.
         initial_state: [N, H, Dk, Dv]; default zero. N is B, or the number of packed sequences.
         return_final_state: also return the state after the last token of each sequence.
         cu_seqlens: int32 [N + 1], boundaries of N packed sequences (then B = 1); tokens of no sequence give 0.
+        gate_logit_normalizer: g holds logits x and the log decay is logsigmoid(x) / gate_logit_normalizer (Eq. 5 of the
+            paper, tau there), computed in float32 inside the kernels, forward and backward.
 
     Returns:
         o [B, T, H, Dv], or (o, final_state).
@@ -54,7 +57,7 @@ def gated_retention(
         RuntimeError: cu_seqlens do not rise from 0 to at most T (CPU), or not supported by this back end.
     """
     q, k, v = autocast(q, k, v)
-    _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens)
+    _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens, gate_logit_normalizer)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     o, final_state = call(
@@ -68,12 +71,20 @@ def gated_retention(
         cu_seqlens,
         q.shape[3] ** -0.5 if scale is None else scale,
         return_final_state,
+        gate_logit_normalizer or 0.0,
     )
     return (o, final_state) if return_final_state else o
 
 
 def gated_retention_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    gate_logit_normalizer: float | None = None,
 ) -> Tensor:
     """gated_retention of 1 to 16 tokens with the state updated in place: the decoding step. No gradients.
 
@@ -81,17 +92,17 @@ def gated_retention_step(
     Returns o [B, T, H, Dv]. Same arguments, units and errors as gated_retention.
     """
     q, k, v = autocast(q, k, v)
-    _checks.gated_retention_step(q, k, v, g, state, scale)
-    return call(
-        ops.gated_retention_step.default, False, q, k, v, g, state, q.shape[3] ** -0.5 if scale is None else scale
-    )
+    _checks.gated_retention_step(q, k, v, g, state, scale, gate_logit_normalizer)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return call(ops.gated_retention_step.default, False, q, k, v, g, state, scale, gate_logit_normalizer or 0.0)
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, g, initial_state, cu_seqlens, scale, return_final_state = inputs
+    q, k, v, g, initial_state, cu_seqlens, scale, return_final_state, *last = inputs
     ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
     ctx.scale = scale
+    ctx.gate_normalizer = last[0] if last else 0.0  # an argument left at its default does not come here
     if not return_final_state:
         ctx.mark_non_differentiable(output[1])  # empty
     ctx.set_materialize_grads(False)
@@ -103,7 +114,7 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tup
     tensors = ctx.saved_tensors
     if d_o is None:
         d_o = torch.zeros_like(tensors[2], memory_format=torch.contiguous_format)
-    gradients = ops.gated_retention_backward(d_o, d_final_state, *tensors, ctx.scale)
+    gradients = ops.gated_retention_backward(d_o, d_final_state, *tensors, ctx.scale, ctx.gate_normalizer)
     return tuple(d if need else None for d, need in zip(gradients, ctx.needs_input_grad[1:]))
 
 
@@ -122,6 +133,7 @@ def _fake(
     cu_seqlens: Tensor | None,
     scale: float,
     return_final_state: bool,
+    gate_normalizer: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     sequences = _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens)
     batch, time, heads, dim_k = q.shape
@@ -142,12 +154,15 @@ def _fake_backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    gate_normalizer: float = 0.0,
 ) -> tuple[Tensor, ...]:
     d_state = q.new_empty((0,)) if initial_state is None else initial_state.new_empty(initial_state.shape)
     return (*(x.new_empty(x.shape) for x in (q, k, v, g)), d_state)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::gated_retention_step")
-def _fake_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float) -> Tensor:
+def _fake_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float, gate_normalizer: float = 0.0
+) -> Tensor:
     _checks.gated_retention_step(q, k, v, g, state, scale)
     return q.new_empty(v.shape)

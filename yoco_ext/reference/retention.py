@@ -72,6 +72,14 @@ def chunkwise(
     return o.transpose(1, 2).to(narrow), state
 
 
+def log_decay(g: Tensor, normalizer: float | None) -> Tensor:
+    """Eq. 5 on logits g; without a normalizer g is the log decay. float32 at least: rounded to bfloat16 a decay drifts
+    within a few thousand tokens."""
+    if normalizer is None:
+        return g
+    return torch.nn.functional.logsigmoid(g.to(torch.promote_types(g.dtype, torch.float32))) / normalizer
+
+
 def gated_retention(
     q: Tensor,
     k: Tensor,
@@ -82,9 +90,11 @@ def gated_retention(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    gate_logit_normalizer: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Gated retention over whole sequences; see `yoco_ext.gated_retention`. Differentiable by autograd."""
-    sequences = _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens)
+    sequences = _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens, gate_logit_normalizer)
+    g = log_decay(g, gate_logit_normalizer)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if initial_state is None:
         shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
@@ -104,10 +114,18 @@ def gated_retention(
 
 
 def gated_retention_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    gate_logit_normalizer: float | None = None,
 ) -> Tensor:
     """1 to 16 further tokens per sequence; `state` [B, H, Dk, Dv] is updated in place."""
-    _checks.gated_retention_step(q, k, v, g, state, scale)
+    _checks.gated_retention_step(q, k, v, g, state, scale, gate_logit_normalizer)
+    g = log_decay(g, gate_logit_normalizer)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     o, new_state = recurrent(q, k, v, g, scale, state)
     state.copy_(new_state)

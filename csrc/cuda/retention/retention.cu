@@ -68,6 +68,12 @@ __global__ void __launch_bounds__(kGateWarps * 32)
   }
   const RetentionSequence seq = retention_sequence(p, n);
   dg += seq.batch * a.dg.batch_stride + seq.begin * a.dg.time_stride;
+  const G* const g = static_cast<const G*>(p.g.data) + head * p.g.head_stride + seq.batch * p.g.batch_stride +
+                     seq.begin * p.g.time_stride;
+  const auto slope = [&](int64_t t) {
+    const float normalizer = p.gate_format.normalizer;
+    return normalizer > 0.f ? log_decay_slope(to_float(g[t * p.g.time_stride]), normalizer) : 1.f;
+  };
   const int64_t tokens = p.batch * p.time, first_token = seq.batch * p.time + seq.begin;
   const int64_t slots = group_slots(p), slot = first_group_slot(p, n, seq.begin);
   const int64_t group_tokens = int64_t(kChunk) * p.group_chunks;
@@ -96,8 +102,11 @@ __global__ void __launch_bounds__(kGateWarps * 32)
       const float total = __shfl_sync(0xffffffffu, sum, 31), below = __shfl_up_sync(0xffffffffu, sum, 1);
       const float first = backwards ? given + total : given, own = first - (lane == 0 ? 0.f : below);
       const int64_t t = c * kChunk + lane * 2;
-      if (t < seq.length) dg[t * a.dg.time_stride] = from_float<G>(own);
-      if (t + 1 < seq.length) dg[(t + 1) * a.dg.time_stride] = from_float<G>(own - d[0]);
+      const auto put = [&](int64_t i, float gradient) {
+        if (i < seq.length) dg[i * a.dg.time_stride] = from_float<G>(gradient * slope(i));
+      };
+      put(t, own);
+      put(t + 1, own - d[0]);
       return backwards ? first : first - total;
     };
     const int64_t begin = group * p.group_chunks, end = min(begin + p.group_chunks, num_chunks);
@@ -147,7 +156,7 @@ RetentionGrid make_grid(const RetentionParams& p, const Plan& plan) {
   grid.batch = p.batch, grid.time = p.time, grid.heads = p.heads, grid.num_sequences = p.num_sequences;
   grid.cu_seqlens = p.cu_seqlens;
   grid.g = p.g;
-  grid.gate_is_float = p.gate_dtype == DType::kFloat32;
+  grid.gate_format = {p.gate_dtype == DType::kFloat32, static_cast<float>(p.gate_normalizer)};
   grid.blocks_v = static_cast<int32_t>(plan.blocks_v);
   grid.segments = static_cast<int32_t>(plan.segments);
   grid.vectors = 1;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/core/launch.h"
+#include "cuda/retention/gate.cuh"
 #include "cuda/retention/plan.h"
 
 namespace yoco::cuda {
@@ -40,7 +41,7 @@ struct RetentionGrid {
   int64_t batch, time, heads, num_sequences;
   const int32_t* cu_seqlens;
   View g;
-  int32_t gate_is_float;       // g (and dg) are float32, else in the dtype of q
+  GateFormat gate_format;      // of g and dg
   int32_t num_runs, blocks_v;  // blocks_v: of the run that has more
   int32_t segments;            // upper bound per sequence
   int32_t states_only;         // first pass of several segments: nothing but segment_states and segment_decays

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
     const int count = rows_of(c);
     const int64_t token = seq.begin + c * kChunk + (reverse ? count - 1 : 0);
     const int64_t first = seq.batch * p.g.batch_stride + head * p.g.head_stride + token * p.g.time_stride;
-    return load_gates<T>(p.g.data, first, reverse ? -p.g.time_stride : p.g.time_stride, count, p.gate_is_float);
+    return load_gates<T>(p.g.data, first, reverse ? -p.g.time_stride : p.g.time_stride, count, p.gate_format);
   };
   const auto load_q = [&](int64_t c, int stage) {
     if (outputs) load_tile<kDimK, kThreads>(shared + stage * Shape::kTileK, rows(run.q, c, 0), run.dim_k, vectors);

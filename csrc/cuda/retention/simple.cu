@@ -86,9 +86,10 @@ __global__ void __launch_bounds__(kThreads) retention_simple_kernel(const __grid
       }
       if (threadIdx.x < tokens) {
         const View& g = p.g;
-        decay[threadIdx.x] =
-            expf(static_cast<const float*>(g.data)[seq.batch * g.batch_stride + item.head * g.head_stride +
-                                                   (seq.begin + token(threadIdx.x)) * g.time_stride]);
+        decay[threadIdx.x] = expf(load_gate<float>(
+            g.data,
+            seq.batch * g.batch_stride + item.head * g.head_stride + (seq.begin + token(threadIdx.x)) * g.time_stride,
+            p.gate_format));
       }
       __syncthreads();
       for (int t = 0; t < tokens; ++t) {

@@ -8,6 +8,7 @@
 #include "cuda/core/launch.h"
 #include "cuda/core/vector.cuh"
 #include "cuda/kernels.h"
+#include "cuda/retention/gate.cuh"
 
 namespace yoco::cuda {
 namespace {
@@ -19,7 +20,7 @@ constexpr int kMaxRows = 256 / kRowStep;  // per thread
 
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads)
-    retention_step_kernel(const __grid_constant__ RetentionStepParams p, bool vectors, bool gate_is_float) {
+    retention_step_kernel(const __grid_constant__ RetentionStepParams p, bool vectors, GateFormat gate_format) {
   const int dim_k = static_cast<int>(p.dim_k), dim_v = static_cast<int>(p.dim_v), time = static_cast<int>(p.time);
   const int blocks_v = (dim_v + kColumns - 1) / kColumns;
   const int column = static_cast<int>(blockIdx.x % blocks_v) * kColumns;
@@ -64,8 +65,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x < time) {
     const int64_t i = batch * p.g.batch_stride + head * p.g.head_stride + threadIdx.x * p.g.time_stride;
-    decay[threadIdx.x] =
-        expf(gate_is_float ? static_cast<const float*>(p.g.data)[i] : to_float(static_cast<const T*>(p.g.data)[i]));
+    decay[threadIdx.x] = expf(load_gate<T>(p.g.data, i, gate_format));
   }
   __syncthreads();
 
@@ -129,13 +129,14 @@ const char* retention_step(const RetentionStepParams& p, const Launch& launch) {
   const int64_t blocks = p.batch * p.heads * ceil_div(p.dim_v, kColumns);
   if (blocks == 0 || p.time == 0) return nullptr;
   if (blocks > INT32_MAX) return "gated_retention_step: more than 2^31 blocks";
-  const bool vectors = aligned(p.state, 16), gate_is_float = p.gate_dtype == DType::kFloat32;
+  const bool vectors = aligned(p.state, 16);
+  const GateFormat gate_format{p.gate_dtype == DType::kFloat32, static_cast<float>(p.gate_normalizer)};
   const size_t shared = p.time * (2 * p.dim_k + kColumns + kWarps * kColumns + 1) * sizeof(float);
   return YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* {
     // Rows of the state per thread: 32 registers up to dim_k = 128, 64 up to 256.
     const auto kernel = p.dim_k <= 128 ? retention_step_kernel<T, kMaxRows / 2> : retention_step_kernel<T, kMaxRows>;
     return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared, launch, p, vectors,
-                         gate_is_float);
+                         gate_format);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/core/ptx.cuh"
+#include "cuda/retention/gate.cuh"
 #include "cuda/retention/run.h"
 
 namespace yoco::cuda {
@@ -142,15 +143,15 @@ YOCO_DEVICE float decay_between(float2 i, float2 j) { return exp2_approx((i.x - 
 // Rows 2 * lane and 2 * lane + 1 of a chunk, in base 2; 0 where there is no row. flip 63: the chunk's rows lie in the
 // order of tokens while the run visits them backwards, so visit r is of row r ^ 63.
 template <typename T>
-YOCO_DEVICE float2 load_gates(const void* gates, int64_t first, int64_t stride, int rows, bool is_float, int flip = 0) {
+YOCO_DEVICE float2 load_gates(const void* gates, int64_t first, int64_t stride, int rows, const GateFormat& format,
+                              int flip = 0) {
   float g[2] = {0.f, 0.f};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = (threadIdx.x % 32 * 2 + i) ^ flip;
     if (row >= rows) continue;
     const int64_t at = first + row * stride;
-    g[i] = is_float ? static_cast<const float*>(gates)[at] : to_float(static_cast<const T*>(gates)[at]);
-    g[i] *= 1.4426950408889634f;
+    g[i] = load_gate<T>(gates, at, format) * 1.4426950408889634f;
     g[i] = g[i] < -1000.f ? -1000.f : g[i];  // 2^-1000 is 0 too; keeps -inf - -inf out, NaN stays NaN
   }
   return make_float2(g[0], g[1]);

@@ -48,7 +48,7 @@ YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const Rete
   const auto read = [&](int i) {
     const RunBlock::Chunk c = b.chunk(i);
     const int64_t first = b.batch * p.g.batch_stride + b.head * p.g.head_stride + (c.end - c.count) * p.g.time_stride;
-    return load_gates<T>(p.g.data, first, p.g.time_stride, c.count, p.gate_is_float, flip);
+    return load_gates<T>(p.g.data, first, p.g.time_stride, c.count, p.gate_format, flip);
   };
   // The scan is a chain of about 1,600 cycles, so the warps take chunks in turn.
   constexpr int kWarps = 3;
