@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numerics import bitwise_equal, guarded, lengths_to_cu_seqlens
+from numerics import bitwise_equal, guarded, lengths_to_cu_seqlens, rms
 from test_gated_retention import check, make, run
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -134,8 +134,9 @@ def test_rows_that_are_not_16_byte_aligned(backend: Any, dtype: torch.dtype) -> 
     tensors = make(2, 70, 2, 24, 40, dtype, device=backend.device)
     views = {name: guarded(x, pad=1) if name in "qkv" else x for name, x in tensors.items()}
     assert views["q"].stride(1) % 8 != 0
+    # On Hopper aligned rows take another kernel: the same numbers but for roundings that fall the other way.
     for a, b in zip(run(backend, tensors), run(backend, views), strict=True):
-        assert bitwise_equal(a, b)
+        assert rms(a.double() - b.double()) <= 0.1 * torch.finfo(dtype).eps * rms(b)
     check(backend, views, length=70)
 
 
