@@ -194,14 +194,17 @@ YOCO_DEVICE void load_q(char* q_shared, float* row_scale, const DecodeParams& p,
       const int exponent = min(max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, -100), 100) - 14;
       const float scale = largest == 0.f ? 1.f : __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
       if (lane == 0) row_scale[row] = 1.f / scale;
-      if (!active) continue;
+      uint32_t pairs[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int pair = lane % 2 * 4 + j;                          // within 16 columns
-        const int place = pair % 2 == 0 ? pair / 2 : 4 + pair / 2;  // 0..7: two chunks of four pairs
-        *reinterpret_cast<uint32_t*>(q_shared + C::q_offset(row, lane / 2 * 2 + place / 4) + place % 4 * 4) =
-            pack2<__half>(to_float(q[2 * j]) * scale, to_float(q[2 * j + 1]) * scale);
-      }
+      for (int j = 0; j < 4; ++j) pairs[j] = pack2<__half>(to_float(q[2 * j]) * scale, to_float(q[2 * j + 1]) * scale);
+      // Two lanes have the eight pairs of 16 columns: the even one ends up with pairs 0, 2, 4, 6, the odd one with the
+      // others, and each stores a chunk.
+      const bool odd = lane % 2 != 0;
+      const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? pairs[0] : pairs[1], 1);
+      const uint32_t c = __shfl_xor_sync(0xffffffffu, odd ? pairs[2] : pairs[3], 1);
+      const Vec<uint32_t, 4> chunk =
+          odd ? Vec<uint32_t, 4>{a, c, pairs[1], pairs[3]} : Vec<uint32_t, 4>{pairs[0], pairs[2], a, c};
+      if (active) store(reinterpret_cast<uint32_t*>(q_shared + C::q_offset(row, lane)), chunk);
     }
   }
 }
