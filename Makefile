@@ -26,7 +26,7 @@ demo: $(VENV)/.built
 test: test-cpu test-emulated
 
 test-cpu: $(VENV)/.built $(VENV)/.compat
-	$(PY) -m pytest -q -n 2 --dist loadfile -k "not emulated" python_tests
+	$(PY) -m pytest -q -n 2 --dist loadfile $(PYTEST_FLAGS) -k "not emulated" python_tests
 
 # ---- environment and build ----
 $(VENV)/.installed: requirements.txt
@@ -50,7 +50,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 # kernels that Hopper has its own versions of.
 BOTH_FAMILIES := $(wildcard python_tests/test_attention*.py python_tests/test_gated_retention*.py \
   python_tests/test_cuda_*.py python_tests/test_shared_kv.py)
-EMULATED_PYTEST = YOCO_EXT_EMULATED_LIBRARY=$(abspath $(EMULATED)) $(PY) -m pytest -q -n 2 --dist load -k emulated
+EMULATED_PYTEST = YOCO_EXT_EMULATED_LIBRARY=$(abspath $(EMULATED)) $(PY) -m pytest -q -n 2 --dist load $(PYTEST_FLAGS) -k emulated
 
 ifeq ($(HAVE_EMULATOR),)
 NO_EMULATOR := nvcc $(if $(NVCC),is at $(NVCC),was not found on the PATH); \

@@ -22,7 +22,7 @@ struct View {
   int64_t head_stride = 0;
 };
 
-// ---- gated retention -------------------------------------------------------------------------------
+// ---- gated retention
 // S_t = exp(g_t) S_{t-1} + k_t^T v_t,  o_t = scale * q_t S_t.  State dtype: float32 (float64 for float64 inputs).
 // gate_normalizer > 0: g holds logits x, the log decay is logsigmoid(x) / gate_normalizer, and dg is the gradient of x.
 // 0: g is the log decay itself.
@@ -61,7 +61,7 @@ struct RetentionStepParams {
   void* state;  // [batch, heads, dim_k, dim_v] contiguous, in and out
 };
 
-// ---- attention -------------------------------------------------------------------------------------
+// ---- attention
 // Which keys a query row sees; csrc/mask.h turns it into one interval of keys per row.
 struct MaskParams {
   int64_t window_left;        // keys before the diagonal that are visible; -1 = all
@@ -162,7 +162,7 @@ struct AppendParams {
   bool interleaved;
 };
 
-// ---- pointwise and row-wise ------------------------------------------------------------------------
+// ---- pointwise and row-wise
 // y = x / sqrt(mean(x^2) + eps) * weight, x = input (+ residual).
 struct RmsNormParams {
   DType dtype, weight_dtype;  // weight_dtype: dtype or float32
@@ -265,7 +265,7 @@ struct PairNormBackwardParams : PairNormParams {
   void* workspace;
 };
 
-// ---- how a back end is called ----------------------------------------------------------------------
+// ---- how a back end is called
 // CPU kernels get their threads from here (torch's pool), CUDA kernels their stream.
 struct Launch {
   void* stream = nullptr;

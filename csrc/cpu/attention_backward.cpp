@@ -75,7 +75,7 @@ class Backward {
   }
 
  private:
-  // ---- plan ----
+  // ---- plan
   void plan() {
     for (int64_t n = 0; n < p_.num_sequences; ++n) {
       const Sequence s = make_sequence(p_, n);
@@ -158,7 +158,7 @@ class Backward {
         at<std::remove_const_t<P>>(view, s.batch, s.q_begin + row / group_, rows.kv_head * group_ + row % group_));
   }
 
-  // ---- before: lse in base 2 and delta = out . d_out - d_lse for every row ----
+  // ---- before: lse in base 2 and delta = out . d_out - d_lse for every row
   void row_statistics(int64_t block) {
     const Unit& u = units_[block_unit_[block]];
     const Sequence& s = sequences_[u.sequence];
@@ -225,7 +225,7 @@ class Backward {
     p_.d_sinks[head] = static_cast<float>(total);
   }
 
-  // ---- the tiles ----
+  // ---- the tiles
   void run_task(const Task& task, char* scratch) {
     BackwardBuffers<T> b(layout_, scratch, task_row_blocks(task));
     const bool several = task.partials.size() > 1;
@@ -390,7 +390,7 @@ class Backward {
     }
   }
 
-  // ---- after: dQ is the sum of the tasks' contributions ----
+  // ---- after: dQ is the sum of the tasks' contributions
   void finish_dq(int64_t block) {
     const int64_t unit = block_unit_[block];
     const Unit& u = units_[unit];

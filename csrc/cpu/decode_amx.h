@@ -13,7 +13,7 @@
 namespace yoco::cpu::YOCO_ISA {
 namespace {
 
-// ---- tile instructions: the compiler's own macros do not tell it that memory is read and written ---------------
+// ---- tile instructions: the compiler's own macros do not tell it that memory is read and written
 
 template <int kTile>
 YOCO_INLINE void tile_load(const void* base, int64_t stride_bytes) {
@@ -38,7 +38,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// ---- conversion to bf16, zero behind a row's end ----------------------------------------------------------------
+// ---- conversion to bf16, zero behind a row's end
 //
 // Unpack instructions interleave within 16-byte lanes, so numbers come out in an order of their own. Nothing puts them
 // back: a dot product does not care, and of the accumulators only the final result is reordered (`key_place` and

@@ -100,7 +100,7 @@ C softmax_row(C* scores, int64_t begin, int64_t end, const Logits<C>& logits, C 
   return decay;
 }
 
-// ---- prefetch --------------------------------------------------------------------------------------
+// ---- prefetch
 
 constexpr int kToL2 = 2;  // locality of __builtin_prefetch
 
@@ -184,7 +184,7 @@ class Prefetcher {
   int64_t count_ = 0, index_ = 0, line_ = 0, quota_ = 0;
 };
 
-// ---- products in vectors ---------------------------------------------------------------------------
+// ---- products in vectors
 
 // out[0..3] = the sums of four vectors.
 template <class C>

@@ -67,7 +67,7 @@ class MatrixScope {
   MatrixScope& operator=(const MatrixScope&) = delete;
 };
 
-// ---- packing ---------------------------------------------------------------------------------------
+// ---- packing
 
 template <class Op, class T>
 YOCO_INLINE Op to_operand(T x) {
@@ -195,7 +195,7 @@ void pack_b_transposed(const T* src, int64_t stride, int64_t depth, int64_t cols
   }
 }
 
-// ---- products --------------------------------------------------------------------------------------
+// ---- products
 
 #if YOCO_HAS_AMX
 // M and N in units of two tiles where possible: four products for four loads.

@@ -4,7 +4,7 @@
 namespace yoco::cpu::YOCO_ISA {
 namespace {
 
-// ---- rms_norm --------------------------------------------------------------------------------------
+// ---- rms_norm
 
 template <class T, class WeightOf>
 void rms_norm_rows(const RmsNormParams& p, const Launch& launch, const WeightOf& weight) {
@@ -74,7 +74,7 @@ const char* rms_norm_backward_rows(const RmsNormBackwardParams& p, const Launch&
   return nullptr;
 }
 
-// ---- swiglu ----------------------------------------------------------------------------------------
+// ---- swiglu
 
 // body(io, offset) over a flat array, in pieces of whole vectors.
 template <class C, class Body>
@@ -116,7 +116,7 @@ const char* run(const SwigluBackwardParams& p, const Launch& launch) {
   return nullptr;
 }
 
-// ---- retention_output ------------------------------------------------------------------------------
+// ---- retention_output
 
 template <class C, class T>
 YOCO_INLINE C head_rstd(const T* o, int64_t dim, double eps) {

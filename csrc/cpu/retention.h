@@ -16,7 +16,7 @@ constexpr int kBlock = 16;  // tokens inside which pairwise decays are products,
 
 YOCO_INLINE int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
-// ---- which tokens ----------------------------------------------------------------------------------
+// ---- which tokens
 
 struct Tokens {
   int64_t batch, begin, length;
@@ -109,7 +109,7 @@ inline void* thread_memory(size_t bytes) {
   return memory.data;
 }
 
-// ---- decays of a chunk -----------------------------------------------------------------------------
+// ---- decays of a chunk
 
 // b_i is the sum of g over the chunk up to token i, the token included. The sums are float64: after one strong decay
 // the differences of float32 sums have lost the weak decays behind it. Tokens behind the end have g = 0.
@@ -199,7 +199,7 @@ void load_decay(Decay<C>& d, const View& g, const Tokens& tokens, int64_t head, 
   for (int64_t i = blocks * kBlock; i < kChunk; ++i) std::fill(d.pair[i], d.pair[i] + kChunk, C(0));
 }
 
-// ---- rows of tensors -------------------------------------------------------------------------------
+// ---- rows of tensors
 
 // [length][dim] of a tensor as `rows` x `width` elements, zero where the tensor has nothing.
 template <class Ops, class T>
@@ -242,7 +242,7 @@ void zero_rest(const RetentionParams& p, const View& view, int64_t dim) {
   }
 }
 
-// ---- states ----------------------------------------------------------------------------------------
+// ---- states
 
 // A state tensor [dim_k][dim_v], or zero when there is none, as a padded matrix.
 template <class C>
@@ -291,7 +291,7 @@ void multiply_scaled(Rows<typename Ops::Compute> c, typename Ops::Left left, typ
   Ops::multiply(c.data, c.ld, left, right, m, n, Ops::kParts * rows, true);
 }
 
-// ---- dispatch --------------------------------------------------------------------------------------
+// ---- dispatch
 
 // Calls f(storage type, gate type, ops): bfloat16 products where the CPU has them, float products elsewhere.
 template <class F>

@@ -16,7 +16,7 @@
 namespace yoco::cpu::YOCO_ISA {
 namespace {
 
-// ---- scratch memory of one task --------------------------------------------------------------------
+// ---- scratch memory of one task
 
 // A bump allocator over memory that the caller sized; released in one go.
 class Arena {
@@ -54,7 +54,7 @@ Rows<E> take_rows(Arena& arena, int64_t rows, int64_t width) {
   return {arena.take<E>(rows * ld), ld};
 }
 
-// ---- transposes ------------------------------------------------------------------------------------
+// ---- transposes
 
 template <class V, int... I>
 YOCO_INLINE V zip_low(V a, V b, std::integer_sequence<int, I...>) {
@@ -98,7 +98,7 @@ void transpose(C* to, int64_t to_ld, const C* from, int64_t from_ld, int64_t row
   }
 }
 
-// ---- float and double ------------------------------------------------------------------------------
+// ---- float and double
 
 template <class C>
 struct FloatOps {
@@ -163,7 +163,7 @@ struct FloatOps {
   }
 };
 
-// ---- bfloat16 --------------------------------------------------------------------------------------
+// ---- bfloat16
 #if YOCO_HAS_BF16_DOT
 
 struct BFloatOps {

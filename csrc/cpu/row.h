@@ -79,7 +79,7 @@ YOCO_INLINE Vec<C> splat(C x) {
   return x - Vec<C>{};  // x - 0 is x for every x, so nothing is left of it; 0 + x would turn -0 into 0
 }
 
-// ---- scalar conversions ----------------------------------------------------------------------------
+// ---- scalar conversions
 
 YOCO_INLINE float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
@@ -163,7 +163,7 @@ YOCO_INLINE void from_float(double x, T* out) {
   from_float(static_cast<float>(x), out);
 }
 
-// ---- vector loads and stores -----------------------------------------------------------------------
+// ---- vector loads and stores
 
 template <class C, class T>
 YOCO_INLINE Vec<C> load(const T* p) {
@@ -331,7 +331,7 @@ YOCO_INLINE C max_lanes(Vec<C> v) {
   return part[0];
 }
 
-// ---- exp -------------------------------------------------------------------------------------------
+// ---- exp
 
 // Relative error below 2e-7; infinity from 88.4 on, at least 2^-126 on the other side; NaN stays NaN.
 YOCO_INLINE Vec<float> exp(Vec<float> x) {
@@ -362,7 +362,7 @@ YOCO_INLINE V sigmoid(V x) {
   return 1 / (1 + exp(-x));
 }
 
-// ---- tasks -----------------------------------------------------------------------------------------
+// ---- tasks
 
 // parallel_for over a lambda (begin, end).
 template <class Body>

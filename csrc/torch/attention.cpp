@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_accumulate(
   return {d.dq, d.d_latent_k, d.d_latent_v, d.d_sinks};
 }
 
-// ---- the cache ----
+// ---- the cache
 namespace {
 
 struct CacheShape {

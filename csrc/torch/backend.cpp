@@ -151,7 +151,7 @@ const yoco::KernelTable* table_named(const char* name) {
 
 }  // namespace
 
-// ---- called from Python through ctypes -------------------------------------------------------------
+// ---- called from Python through ctypes
 extern "C" {
 
 // Chooses the kernels behind CPU tensors: null for the built-in ones, else the path of a kernel library (the CUDA

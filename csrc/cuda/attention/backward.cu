@@ -147,7 +147,6 @@ __global__ void __launch_bounds__(128)
 }
 
 // ---- host
-// ------------------------------------------------------------------------------------------------------------
 int instance(const AttentionParams& p) {
   const int64_t dim = std::max(p.dim_qk, p.dim_v);
   return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;

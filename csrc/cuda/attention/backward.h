@@ -81,7 +81,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       const bool scan = latents ? p.latent_begin != nullptr || p.latent_end != nullptr : p.mask.prefix_len != nullptr;
 
       // ---- which row tiles
-      // -------------------------------------------------------------------------------------------
       int tile_begin = 0, tile_end = num_keys > first ? (map.rows + kRows - 1) / kRows : 0;
       if (!scan && !latents && tile_end > 0) {
         const int last = min(first + kKeys, num_keys) - 1;
@@ -136,7 +135,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       };
 
       // ---- prologue
-      // --------------------------------------------------------------------------------------------------
       __syncthreads();  // shared memory is free
       int tile = find(tile_begin);
       if (tile < tile_end) {
@@ -149,7 +147,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
 
       // ---- row tiles
-      // ---------------------------------------------------------------------------------------------------
       int stage = 0;
       while (tile < tile_end) {
         const bool this_full = full;
@@ -236,7 +233,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
 
     // ---- epilogue
-    // ----------------------------------------------------------------------------------------------------- A row that
+    // A row that
     // does not see a key may have put 0 * NaN into its gradients: such keys are computed again, row by row.
     const int out_key = warp % Config::kKeyWarps * 32, key_col = warp / Config::kKeyWarps * Config::kKeyCols;
     __syncthreads();

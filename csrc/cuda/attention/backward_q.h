@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int tile_rows = min(kRows, map.rows - first_row);
     __syncthreads();
 
-    // ---- which blocks: [0, num_main) of the main segment, then those of the latents --------------------------------
+    // ---- which blocks: [0, num_main) of the main segment, then those of the latents
     TileBounds seen_latent = no_rows();
     if (p.num_latents > 0) {
       seen_latent = fill_row_keys<kThreads, kRows>(p, map, first_row, true, row_table, scratch);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
     };
 
-    // ---- prologue ---------------------------------------------------------------------------------------------------
+    // ---- prologue
     const int num_blocks = num_main + num_latent;
     if (num_blocks > 0) {
       load_tile<kRows, kDim, kThreads, T>(q_tile, tile_rows, dim_qk, [&](int r) {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     float dq[1][kDim / 8][4];
     clear(dq);
 
-    // ---- key blocks -------------------------------------------------------------------------------------------------
+    // ---- key blocks
     for (int n = 0; n < num_blocks; ++n) {
       cp_async_wait<0>();
       __syncthreads();  // block n is here; everybody is done with the stage that gets block n + 1

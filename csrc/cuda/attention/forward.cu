@@ -76,7 +76,6 @@ __global__ void __launch_bounds__(128)
 }
 
 // ---- host
-// ------------------------------------------------------------------------------------------------------------
 constexpr int kSimtRows = 16;  // rows per CTA of the float32 kernel: short, so that small inputs fill the GPU
 
 // What runs, and its tiles.

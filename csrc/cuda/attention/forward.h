@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const RowMap tile_map = row_map_again();
     __syncthreads();  // shared memory of the previous tile is free
 
-    // ---- which blocks: [0, num_main) of the main segment, then those of the latents --------------------------------
+    // ---- which blocks: [0, num_main) of the main segment, then those of the latents
     TileBounds seen_latent = no_rows();
     if (p.num_latents > 0) {
       seen_latent = fill_row_keys<kThreads, kRows>(p, tile_map, first_row, true, row_table, scratch);
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       }
     };
 
-    // ---- prologue ---------------------------------------------------------------------------------------------------
+    // ---- prologue
     uint32_t slot_k = ring;
     const auto slot_after = [&](uint32_t slot) {
       return slot == ring + 2 * Config::kSlotBytes ? ring : slot + Config::kSlotBytes;
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const uint32_t q_lane = lane_by_rows(q_tile, warp_row);
     const float multiplier = plan.score.multiplier;
 
-    // ---- key blocks -------------------------------------------------------------------------------------------------
+    // ---- key blocks
     for (int n = block_begin; n < block_end; ++n) {
       const bool more = n + 1 < block_end;
       cp_async_wait<1>();  // K(n), and Q before it
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       slot_k = slot_next;
     }
 
-    // ---- epilogue ---------------------------------------------------------------------------------------------------
+    // ---- epilogue
     const RowMap map = row_map_again();
     const int tile_rows = min(kRows, map.rows - first_row);
     const int64_t statistics = p.batch * p.heads_q * p.time_q;

@@ -24,7 +24,6 @@ template <typename T, int D>
 const char* launch_attention_forward(const AttentionParams& p, const ForwardPlan& plan, const Launch& launch);
 
 // ---- backward
-// --------------------------------------------------------------------------------------------------------
 template <int D>
 struct BackwardTiles {  // reasons in backward.h
   static constexpr int kRows = 64;

@@ -9,7 +9,6 @@
 namespace yoco::cuda {
 
 // ---- scores
-// ----------------------------------------------------------------------------------------------------------
 struct RowScore {
   float bias;      // alibi slope in log2 units
   float distance;  // diagonal - key
@@ -53,7 +52,7 @@ YOCO_DEVICE void simt_score_gradient(const ScoreParams& sp, const RowScore& r, f
 }
 
 // ---- where things lie
-// ------------------------------------------------------------------------------------------------ First row of a
+// First row of a
 // sequence and KV head in plan.stats.
 YOCO_DEVICE int64_t first_stat(const AttentionParams& p, const RowMap& m) {
   return ((m.sequence.batch * p.heads_kv + m.head_kv) * p.time_q + m.sequence.q_begin) * m.group;
@@ -132,7 +131,7 @@ YOCO_DEVICE void zero_query_tail(const AttentionBackwardParams& p) {
 }
 
 // ---- one row, one key
-// ------------------------------------------------------------------------------------------------ dQ of one row by one
+// dQ of one row by one
 // warp: a lane per key for scores, a lane per column for the sum over keys.
 template <typename T>
 __device__ __noinline__ void query_gradient(const AttentionBackwardParams& p, const BackwardPlan& plan, int sequence,
@@ -233,7 +232,7 @@ __device__ __noinline__ void key_gradients(const AttentionBackwardParams& p, con
 }
 
 // ---- results of the tensor-core kernels
-// ------------------------------------------------------------------------------ Accumulators of a warp at (key0, col0)
+// Accumulators of a warp at (key0, col0)
 // of a key tile into float32 memory.
 template <typename T, int M, int N, typename Skip>
 YOCO_DEVICE void put_gradients(const GradientRows& rows, const float (&acc)[M][N][4], int key0, int col0, int first,

@@ -34,7 +34,7 @@ struct WarpValues {
 };
 
 // ---- addresses
-// ------------------------------------------------------------------------------------------------------- A lane's
+// A lane's
 // ldmatrix address inside a 16 x 16 block. Two patterns serve all four operands:
 //   rows 0..15 in lanes 0..15, chunk in lane / 16:  A stored [m][k];  B stored [k][n], transposed on the way
 //   rows in lane % 8 + 8 * (lane / 16), chunk in (lane / 8) % 2:  B stored [n][k];  A stored [k][m], transposed
@@ -86,7 +86,7 @@ YOCO_DEVICE uint4 load_shared(uint32_t address) {
 }
 
 // ---- global to shared and back
-// --------------------------------------------------------------------------------------- row_pointer(r) gives the
+// row_pointer(r) gives the
 // global address of row r, a multiple of 16 bytes; it is not read for r >= rows. Rows behind and columns from dim on
 // become zero (NaN that a neighbour or unused memory holds must not reach a product: 0 * NaN is NaN).
 template <int kRows, int kDim, int kThreads, typename T, typename RowPointer>
@@ -138,7 +138,6 @@ YOCO_DEVICE void store_tile(uint32_t tile, int rows, int dim, bool aligned, RowP
 }
 
 // ---- products
-// --------------------------------------------------------------------------------------------------------
 // Accumulators: acc[m][n][4] are 16 x 8 blocks; element j of a lane is at row 16 m + 8 (j / 2) + lane / 4, column
 // 8 n + 2 (lane % 4) + j % 2 of the warp's part.
 template <int M, int N>

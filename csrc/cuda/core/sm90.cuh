@@ -32,7 +32,6 @@ YOCO_DEVICE bool elect_one() {
 }
 
 // ---- mbarriers: 8 bytes in shared memory, given by address
-// -----------------------------------------------------------
 YOCO_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -69,7 +68,6 @@ struct RingPosition {
 };
 
 // ---- named barriers (0 is __syncthreads)
-// ------------------------------------------------------------------------------
 YOCO_DEVICE void named_sync(int id, int threads) {
   asm volatile("barrier.cta.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
@@ -92,7 +90,6 @@ YOCO_DEVICE bool named_sync_or(int id, int threads, bool flag) {
 }
 
 // ---- registers: every warp of the warpgroup executes it; multiples of 8
-// -------------------------------------------------
 template <int kRegisters>
 YOCO_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
@@ -103,7 +100,6 @@ YOCO_DEVICE void take_registers() {
 }
 
 // ---- TMA
-// --------------------------------------------------------------------------------------------------------------
 YOCO_DEVICE void prefetch_tensor_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
@@ -161,7 +157,6 @@ YOCO_DEVICE void bulk_wait() {
 YOCO_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
 // ---- WGMMA
-// ------------------------------------------------------------------------------------------------------------
 using cute::SM90::GMMA::Major;
 
 // Before the first product that reads registers ordinary instructions wrote (accumulators, or A from registers).

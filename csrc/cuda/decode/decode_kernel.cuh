@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   char* const ring = shared + C::kQBytes;
   const uint32_t ring_address = shared_address(ring);
 
-  // ---- what this block works on ----
+  // ---- what this block works on
   const uint32_t heads_kv = static_cast<uint32_t>(p.heads_kv);  // 32-bit divisions
   const int64_t group = static_cast<uint32_t>(p.heads_q) / heads_kv, rows = group * p.time_q;
   const uint32_t item = blockIdx.x / row_tiles;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
 
   TileLoader<C> loader(keys, kv_head, warp, lane);
 
-  // ---- fill the ring, then Q while the copies fly ----
+  // ---- fill the ring, then Q while the copies fly
   int to_copy = 0;  // next tile to copy
   loader.look_up(keys, keys.begin);
   const auto copy_next = [&](int slot) {
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     for (int step = 0; step < C::kD / 16; ++step) ldmatrix_x4(q[step], q_address ^ step * 32);
   }
 
-  // ---- what the two rows of this lane see: keys [low, high), counted from keys.begin ----
+  // ---- what the two rows of this lane see: keys [low, high), counted from keys.begin
   int low[2], high[2];
   float slope[2], diagonal[2], scale[2];
   const bool biased = p.alibi_slopes != nullptr && !keys.latent;
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     multiply_pv<C>(o, weights, v_tile, team_first, lane);
   }
 
-  // ---- merge the teams through shared memory, one warp per row ----
+  // ---- merge the teams through shared memory, one warp per row
   cp_async_wait<0>();
   const bool invalid = __syncthreads_or(keys.invalid);                   // also: nobody reads the ring any more
   float* const merged = reinterpret_cast<float*>(ring);                  // [kTeams][kRows][kMergeStride]

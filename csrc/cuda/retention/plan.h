@@ -10,7 +10,7 @@ constexpr int kChunk = 64;
 
 YOCO_HOST_DEVICE int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk; }
 
-// ---- segments -------------------------------------------------------------------------------------------------------
+// ---- segments
 // A sequence is cut into segments when there are too few (sequence, head, block of dim_v) items for the GPU. Every
 // segment but the last finds its state (first pass: k, v and g are read a second time), the states are chained (a
 // scalar decay each), then all segments run at once. Shorter pieces than this are not worth a pass.
@@ -34,7 +34,7 @@ YOCO_HOST_DEVICE int64_t retention_segments(int64_t items, int64_t time, int64_t
   return segments_of(chunks_of(time), clamp_index(sms / items, 1, 1024));
 }
 
-// ---- groups of chunks, for the gate gradient ------------------------------------------------------------------------
+// ---- groups of chunks, for the gate gradient
 // For the gate gradient, chunks come in groups of M, and the state before the middle chunk of each group (the last
 // chunk of the sequence, where there is no such) is its anchor: at most M / 2 chunks from any token.
 YOCO_HOST_DEVICE int64_t anchor_of(int64_t group, int64_t group_chunks, int64_t num_chunks) {
@@ -49,7 +49,7 @@ YOCO_HOST_DEVICE int64_t group_slot(int64_t n, int64_t begin, int64_t time, int6
 }
 
 // ---- instances
-// ------------------------------------------------------------------------------------------------------- A block of
+// A block of
 // threads covers all dim_k and block_v of dim_v; each warp keeps 16 columns of the state in registers.
 //   dim_k <=  64: block_v 64:  32 registers of state per thread, small blocks, several per SM
 //   dim_k <= 128: block_v 128: one block covers D = 128, so q, k, v are read once; 64 registers of state

@@ -13,7 +13,7 @@ namespace yoco::cuda {
 namespace {
 
 // ---- chaining of segments
-// -------------------------------------------------------------------------------------------- States behind segments
+// States behind segments
 // 0, 1, ... that started from zero (0: from the initial state) become the states of the whole sequence: S_s += decay_s
 // * S_{s-1}. All elements of a state have the same decay, so their order does not matter.
 constexpr int kCombineThreads = 256;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kCombineThreads)
 }
 
 // ---- gate gradient
-// --------------------------------------------------------------------------------------------------- dg_t = <S, dS>
+// dg_t = <S, dS>
 // before t, so dg_{t+1} = dg_t - (q_t . dq_t - k_t . dk_t). Summed over a sequence the rounding of operands would add
 // up; each group of chunks starts from its own anchor instead, where <S, dS> is known. One warp per group.
 constexpr int kGateWarps = 4;
@@ -118,7 +118,6 @@ __global__ void __launch_bounds__(kGateWarps * 32)
 }
 
 // ---- plan
-// ------------------------------------------------------------------------------------------------------------
 struct Plan {
   bool simple;  // float32: no tensor cores
   RetentionInstance instance;
@@ -237,7 +236,6 @@ RetentionRun forward_run(const RetentionParams& p) {
 }
 
 // ---- backward
-// --------------------------------------------------------------------------------------------------------
 struct BackwardMemory {
   int64_t q_dots, k_dots, boundary, group_states, segments, total;  // offsets in the workspace
 };

@@ -51,7 +51,6 @@ struct RetentionGrid {
 };
 
 // ---- sequences
-// -------------------------------------------------------------------------------------------------------
 struct RetentionSequence {
   int64_t batch, begin, length;
 };

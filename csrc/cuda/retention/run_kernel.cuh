@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
   constexpr int kThreads = Shape::kThreads, kWarps = Shape::kWarps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
 
-  // ---- which work ------------------------------------------------------------------------------------------------
+  // ---- which work
   const RunItem item = run_item(p, kBlockV);
   const RetentionRun& run = p.runs[item.run];
   const int64_t head = item.head, n = item.n;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
   ChunkGates* const gates = reinterpret_cast<ChunkGates*>(shared_bytes + Shape::kGates);
   float* const dots = reinterpret_cast<float*>(shared_bytes + Shape::kDots);  // [kWarps][kChunk]
 
-  // ---- rows of a chunk ---------------------------------------------------------------------------------------------
+  // ---- rows of a chunk
   const auto chunk_of = [&](int64_t i) { return reverse ? num_chunks - 1 - i : i; };
   const auto rows_of = [&](int64_t c) { return static_cast<int>(min(int64_t(kChunk), seq.length - c * kChunk)); };
   const auto rows = [&](const View& view, int64_t c, int64_t first_column) {
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
     load_tile<kBlockV, kThreads>(shared + Shape::kV + stage * Shape::kTileV, rows(run.v, c, column), columns, vectors);
   };
 
-  // ---- first chunk on its way, and the state before it -------------------------------------------------------------
+  // ---- first chunk on its way, and the state before it
   float2 next_gates;
   if (range.begin < range.end) {
     load_q(chunk_of(range.begin), 0);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
     if (threadIdx.x == 0) run.boundary[(block_v * p.heads + head) * group_slots(p) + slot] = sum;
   };
 
-  // ---- chunks ------------------------------------------------------------------------------------------------------
+  // ---- chunks
   const uint32_t lane_at = lane_offset();
   const uint32_t tile_p = shared + Shape::kP, tile_x = shared + Shape::kX;
   float segment_decay = 1.f;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
     // operand of V^T K (0, 2, 1, 3).
     uint32_t v[4][4];
     if (outputs) {
-      // ---- P = (Q K^T) * decays ----
+      // ---- P = (Q K^T) * decays
 #pragma unroll 1
       for (int k = warp; k < 10; k += kWarps) {
         const int row = score_row(k) * 16, col = score_col(k) * 16;
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
         }
       }
 
-      // ---- O = Q S ----
+      // ---- O = Q S
       // For the gate gradient S is taken in two halves, rounded and the rest, so that x . (Q S) is exact to 2^-17.
       float o[4][2][4] = {};
 #pragma unroll
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
         cp_async_commit();
       }
 
-      // ---- O += P V ----
+      // ---- O += P V
       // x . o for the gate gradient. The other run of the pair has x as its V: there row factor * x is rounded before
       // it goes into the state. Rounded the same way here, the sums of the two runs differ by the gradient and by
       // nothing that rounding put into one of them (docs/cuda_retention.md).
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
         }
       }
 
-      // ---- O to global memory, through this warp's columns of V (which it alone reads, and has in registers) ----
+      // ---- O to global memory, through this warp's columns of V (which it alone reads, and has in registers)
       __syncwarp();
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
       }
     }
 
-    // ---- S = total * S + (update * V)^T K ----
+    // ---- S = total * S + (update * V)^T K
     const float total = gate.total;
     segment_decay *= total;
 #pragma unroll
@@ -408,7 +408,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
     }
   }
 
-  // ---- the state behind the last chunk -----------------------------------------------------------------------------
+  // ---- the state behind the last chunk
   if constexpr (kBackward) {
     if (has_x && range.begin < range.end) {
       __syncthreads();

@@ -8,7 +8,7 @@
 namespace yoco::cuda {
 
 // ---- tiles
-// ----------------------------------------------------------------------------------------------------------- A tile of
+// A tile of
 // 64 rows and D columns is D / 64 panels of [64][64] 16-bit elements: rows of 128 bytes whose eight 16-byte pieces are
 // permuted by piece ^= row % 8. Eight rows at one column, or eight pieces of one row, lie in different banks: cp.async,
 // ldmatrix, its transposed form and 4-byte accesses of accumulator fragments are all free of conflicts.
@@ -125,7 +125,7 @@ YOCO_DEVICE void load_tile(uint32_t tile, const ChunkRows<T>& from, int dim, boo
 }
 
 // ---- gates
-// ----------------------------------------------------------------------------------------------------------- What a
+// What a
 // chunk's gates become, all in base 2. With b_i the running sum of log decays, b_i - b_j is needed to an absolute 1e-7
 // even right behind a gate that erases the state (log decay -1000 or below), where the difference of two float32 sums
 // has lost it. So sums are float64 and kept as two floats: `hi` in steps of 1/256 (differences are exact), `lo` the

@@ -146,7 +146,6 @@ YOCO_DEVICE KeyTile key_tile(const AttentionBackwardParams& p, const BackwardPla
 }
 
 // ---- the producer warp
-// -----------------------------------------------------------------------------------------------
 template <typename Config>
 YOCO_DEVICE void produce(const AttentionBackwardParams& p, const BackwardPlan& plan, const BackwardMaps& maps,
                          uint32_t shared) {
@@ -270,7 +269,6 @@ YOCO_DEVICE void produce(const AttentionBackwardParams& p, const BackwardPlan& p
 }
 
 // ---- a consumer warpgroup: keys 64 w .. 64 w + 63
-// ---------------------------------------------------------------------
 // Accumulators of the warp's keys (rows g and g + 8) to memory; lanes of a quad hold one key's columns.
 template <typename T, int N>
 YOCO_DEVICE void store_keys(const GradientRows& to, const float (&d)[N], int key0, int store_keys, float factor,
@@ -580,7 +578,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 }
 
 // ---- dQ: the accumulator, rounded and in its place. A warp per 16 rows.
-// -----------------------------------------------
 template <typename Config>
 __global__ void __launch_bounds__(Config::kRows * 2)
     finish_dq_kernel(const __grid_constant__ AttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {

@@ -277,7 +277,7 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
       finish_dq();
     }
 
-    // ---- epilogue: scaled, rounded, stored; rows with NaN or infinity again, key by key -----------------------------
+    // ---- epilogue: scaled, rounded, stored; rows with NaN or infinity again, key by key
     const RowMap map = row_map();
     unsigned bad[2];
 #pragma unroll

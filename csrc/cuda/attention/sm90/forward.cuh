@@ -348,7 +348,7 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
       release_v();
     }
 
-    // ---- epilogue -----------------------------------------------------------------------------------------------
+    // ---- epilogue
     const RowMap map = row_map();
     const int first_row = tile.first_row, rows = tile.rows, split = tile.index % plan.splits;
     float not_finite[2];  // NaN if a product put an infinity or NaN into a row whose own scores had none

@@ -44,7 +44,6 @@ inline bool inputs_fit(const AttentionParams& p) {
 }
 
 // ---- dQ by rows
-// ------------------------------------------------------------------------------------------------------
 constexpr int kBackwardQRows = 128;  // of which a tile uses whole tokens
 struct BackwardQMaps {
   CUtensorMap q, d_out;  // like ForwardMaps::q
@@ -61,7 +60,7 @@ inline bool backward_q_fits(const AttentionBackwardParams& p) {
 }
 
 // ---- tensor maps
-// ----------------------------------------------------------------------------------------------------- A map of
+// A map of
 // [batch, time, heads, dim] with boxes of `rows` tokens of one head. Nothing is loaded of an empty tensor.
 inline const char* make_rows_map(CUtensorMap& map, const View& v, DType type, int64_t batch, int64_t time,
                                  int64_t heads, int64_t dim, int rows) {

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
   char* const ring = shared + C::kRing;
   auto* const tables = reinterpret_cast<Tables*>(ring + stages * C::kStageBytes);
 
-  // ---- what this block works on ----
+  // ---- what this block works on
   const uint32_t heads_kv = static_cast<uint32_t>(p.heads_kv);  // 32-bit divisions
   const int64_t group = static_cast<uint32_t>(p.heads_q) / heads_kv, rows = group * p.time_q;
   const uint32_t item = blockIdx.x / row_tiles;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
     return;
   }
 
-  // ---- Q, and what each row sees, while the first tiles fly ----
+  // ---- Q, and what each row sees, while the first tiles fly
   load_q<C>(shared, tables->q_scale, p, b, kv_head, first_row, rows, group);
   const bool biased = p.alibi_slopes != nullptr && !keys.latent;
   for (int r = threadIdx.x; r < C::kRows; r += C::kThreads) {
@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
     if (++slot == stages) slot = 0, parity ^= 1;
   }
 
-  // ---- sums over the keys of all lanes and warps, results ----
+  // ---- sums over the keys of all lanes and warps, results
   launch_dependents();
   __syncthreads();  // the producer's verdict, and warp_value is free
   const bool invalid = tables->invalid != 0;

@@ -14,7 +14,7 @@
 
 namespace yoco::cuda::sm90 {
 
-// ---- producer ----
+// ---- producer
 template <typename Shape>
 YOCO_DEVICE void load_tiles(uint32_t shared, const RunBlock& b, const RetentionMaps::Run& maps, bool dots) {
   RingPosition<Shape::kStages> at;
@@ -70,7 +70,7 @@ YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const Rete
   }
 }
 
-// ---- scores ----
+// ---- scores
 template <typename T, int kDimK, typename Shape>
 YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, float scale, const ChunkGates* gates) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
@@ -135,7 +135,7 @@ YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, float scale, co
   }
 }
 
-// ---- kernel ----
+// ---- kernel
 template <typename T, int kDimK, int kBlockV, bool kBackward>
 __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
                                   RunShape<kDimK, kBlockV, kBackward>::kBlocksPerSM)

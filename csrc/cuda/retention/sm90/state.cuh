@@ -76,7 +76,7 @@ YOCO_DEVICE void store_state(const float (&state)[kDimK / 2], float segment_deca
   }
 }
 
-// ---- gate gradient ----
+// ---- gate gradient
 // Every 64 columns of v are a part of their own in the sums that retention.cu's last kernel adds up.
 struct GateSums {
   float* tokens;  // x . o of the batch row's first token on: [batch * time] of this part and head
@@ -103,7 +103,7 @@ YOCO_DEVICE float2 sum_columns(float (&part)[16]) {
   return make_float2(part[0], part[1]);
 }
 
-// ---- chunks ----
+// ---- chunks
 // kOutputs: O is wanted, not only the state. kDots: O is dotted with x, which lies in the stage beside V. Returns the
 // product of the chunks' decays.
 template <typename T, int kDimK, bool kOutputs, bool kDots, typename Shape>
