@@ -25,8 +25,12 @@ demo: $(VENV)/.built
 
 test: test-cpu test-emulated
 
+# One thread per process: two processes whose threads wait for each other on two cores take ten times as long. What
+# several threads do is tested by tests that set their number.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
+
 test-cpu: $(VENV)/.built $(VENV)/.compat
-	$(PY) -m pytest -q -n 2 --dist loadfile $(PYTEST_FLAGS) -k "not emulated" python_tests
+	$(PYTEST) --dist loadfile $(PYTEST_FLAGS) -k "not emulated" python_tests
 
 # ---- environment and build ----
 $(VENV)/.installed: requirements.txt
@@ -50,7 +54,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 # kernels that Hopper has its own versions of.
 BOTH_FAMILIES := $(wildcard python_tests/test_attention*.py python_tests/test_gated_retention*.py \
   python_tests/test_cuda_*.py python_tests/test_shared_kv.py)
-EMULATED_PYTEST = YOCO_EXT_EMULATED_LIBRARY=$(abspath $(EMULATED)) $(PY) -m pytest -q -n 2 --dist load $(PYTEST_FLAGS) -k emulated
+EMULATED_PYTEST = YOCO_EXT_EMULATED_LIBRARY=$(abspath $(EMULATED)) $(PYTEST) --dist load $(PYTEST_FLAGS) -k emulated
 
 ifeq ($(HAVE_EMULATOR),)
 NO_EMULATOR := nvcc $(if $(NVCC),is at $(NVCC),was not found on the PATH); \
@@ -88,11 +92,11 @@ sanitize: $(VENV)/.installed
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:strict_init_order=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	YOCO_EXT_LIBRARY=$(abspath build/sanitize/libyoco_ext_ops.so) PYTHONPATH=. \
-	$(PY) -m pytest -q -p no:cacheprovider -k "cpu and not compile" python_tests/test_attention.py \
+	$(PYTEST) -p no:cacheprovider -k "cpu and not compile" python_tests/test_attention.py \
 	  python_tests/test_attention_masks.py python_tests/test_attention_decode.py python_tests/test_append_kv.py \
 	  python_tests/test_gated_retention.py python_tests/test_gated_retention_step.py python_tests/test_rms_norm.py \
 	  python_tests/test_rotary.py python_tests/test_swiglu.py python_tests/test_retention_output.py \
-	  python_tests/test_differential.py python_tests/test_gated_memory.py
+	  python_tests/test_differential.py python_tests/test_gated_memory.py python_tests/test_threads.py
 
 bench: $(VENV)/.built
 	$(VENV)/bin/yoco-ext bench
