@@ -19,6 +19,10 @@ FEW = 32  # entries: below, norms are taken over several draws
 DRAWS = 12
 
 
+class NormTooLarge(AssertionError):
+    """The norm of an error is above the limit of the rule (values, shapes and NaNs are not the matter)."""
+
+
 def rms(x: Tensor) -> float:
     """Root mean square in float64; 0 for a tensor with no elements."""
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
@@ -45,18 +49,23 @@ def assert_rule(name: str, ours: Tensor, exact: Tensor, plain: Tensor, *, length
     # The rule says 2x. Over n entries a norm of rounding errors fluctuates by 1 / sqrt(2n), the ratio of two by
     # 1 / sqrt(n). Three standard deviations; 3 % at 10,000 entries.
     factor = 2 * (1 + 3 / math.sqrt(max(ours.numel(), FEW)))
-    limit = factor * rms(plain_error) + ABSOLUTE
+    plain_size = rms(plain_error)
+    if ours.numel() < FEW and dtype in (torch.bfloat16, torch.float16):
+        # A few roundings of plain PyTorch may all be lucky; what rounding the exact result costs on average is no luck.
+        plain_size = max(plain_size, 0.2 * torch.finfo(dtype).eps * size)
+    limit = factor * plain_size + ABSOLUTE
     if dtype == torch.float64:
         limit = 1e-11 * math.sqrt(max(length, 1)) * max(size, 1e-3)
     elif dtype == torch.float32 and plain.dtype == torch.float32:
         # A sum that cancels has no meaningful relative error; plain float32 PyTorch shows what is possible there.
         relative = FLOAT32_RELATIVE * math.sqrt(max(length, 1)) * size
-        limit = max(relative, factor * rms(plain_error)) + 1e-7
+        limit = max(relative, factor * plain_size) + 1e-7
     error = rms(ours_error)
-    assert error <= limit, (
-        f"{name} ({dtype}): error {error:.3e}, allowed {limit:.3e}, plain PyTorch {rms(plain_error):.3e}, "
-        f"size {size:.3e}"
-    )
+    if error > limit:
+        raise NormTooLarge(
+            f"{name} ({dtype}): error {error:.3e}, allowed {limit:.3e}, plain PyTorch {rms(plain_error):.3e}, "
+            f"size {size:.3e}"
+        )
     # The norm of a large tensor hides one wrong row, so no single entry may stand out either.
     if ours.numel():
         worst, plain_worst = ours_error.abs().max().item(), plain_error.abs().max().item()
@@ -126,54 +135,53 @@ def compare(
     for i, (m, e, p) in enumerate(zip(mine, exact, plain, strict=True)):
         assert m.dtype == p.dtype, f"output {i}: {m.dtype}, expected {p.dtype}"
         assert_rule(f"output {i}", m.detach(), e.detach(), p.detach(), length=length)
-    few: list[str] = []
+    again: list[str] = []
     for name in my_gradients.keys() | exact_gradients.keys():
         tensor = tensors[name]
         assert tensor is not None
-        # No gradient at all is a zero gradient (v, when only lse is differentiated).
         gradient, exact_gradient, plain_gradient = (
-            g[name] if name in g else torch.zeros_like(tensor) for g in (my_gradients, exact_gradients, plain_gradients)
+            _gradient(g, name, tensor) for g in (my_gradients, exact_gradients, plain_gradients)
         )
         assert gradient.dtype == tensor.dtype
-        if 0 < gradient.numel() < FEW and dtype in (torch.bfloat16, torch.float16) and upstream is None:
-            few.append(name)
-            continue
-        assert_rule(f"d{name}", gradient, exact_gradient, plain_gradient, length=length)
-    if few:
-        _compare_over_draws(ours, reference, tensors, wide, dtype, few, length, options)
+        few = 0 < gradient.numel() < FEW and dtype in (torch.bfloat16, torch.float16)
+        try:
+            if not few or upstream is not None:
+                assert_rule(f"d{name}", gradient, exact_gradient, plain_gradient, length=length)
+                continue
+        except NormTooLarge:
+            if upstream is not None:
+                raise
+        again.append(name)
+    if again:
+        draws = [(my_gradients, exact_gradients, plain_gradients)]
+        for _ in range(DRAWS - 1):
+            chosen = None
+            runs = ((ours, tensors), (reference, wide), (reference, tensors))
+            draws.append(tuple(run_with_gradients(f, inputs, options, choose, wanted)[1] for f, inputs in runs))
+        _assert_over_draws(draws, again, tensors, length)
     return mine
 
 
-def _compare_over_draws(
-    ours: Callable[..., Any],
-    reference: Callable[..., Any],
+def _gradient(gradients: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """No gradient at all is a zero gradient (v, when only lse is differentiated)."""
+    return gradients[name] if name in gradients else torch.zeros_like(like)
+
+
+def _assert_over_draws(
+    draws: Sequence[Sequence[Mapping[str, Tensor]]],
+    names: Iterable[str],
     tensors: Mapping[str, Tensor | None],
-    wide: Mapping[str, Tensor | None],
-    dtype: torch.dtype,
-    wanted: list[str],
     length: int,
-    options: Mapping[str, Any],
 ) -> None:
-    """The rule for gradients of a handful of entries (two sinks). The ratio of two such errors has no useful bound: in
-    one draw of a hundred plain PyTorch is ten times better by luck, and as often ten times worse. The ratio of their
-    norms over several upstream gradients has one."""
-    draws: list[list[dict[str, Tensor]]] = []
-    for _ in range(DRAWS):
-        chosen: list[Tensor] = []
-
-        def choose(outputs: tuple[Tensor, ...], chosen: list[Tensor] = chosen) -> list[Tensor]:
-            if not chosen:
-                chosen += [torch.randn_like(o).to(dtype) for o in outputs]
-            return chosen
-
-        runs = ((ours, tensors), (reference, wide), (reference, tensors))
-        draws.append([run_with_gradients(function, inputs, options, choose, wanted)[1] for function, inputs in runs])
-    for name in wanted:
+    """The rule for gradients whose error has few degrees of freedom: a handful of entries (two sinks), or many that
+    share one (the gradient of a log decay sums over all later tokens, so one rounding moves a whole sequence of
+    them). In one draw of a hundred plain PyTorch is ten times better there by luck, and as often ten times worse, so
+    the ratio of two such errors has no useful bound. The ratio of their norms over several upstream gradients has one;
+    the draw that asked for this is among them, so that what is wrong once, and large, is not forgiven."""
+    for name in names:
         like = tensors[name]
-        mine, exact, plain = (
-            torch.stack([draw[i][name] if name in draw[i] else torch.zeros_like(like) for draw in draws])
-            for i in range(3)
-        )
+        assert like is not None
+        mine, exact, plain = (torch.stack([_gradient(draw[i], name, like) for draw in draws]) for i in range(3))
         assert_rule(f"d{name}", mine, exact, plain, length=length)
 
 
