@@ -27,6 +27,8 @@ def inputs(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, weight:
 @pytest.mark.parametrize("weight", ["none", "same", "float32"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(backend: Backend, shape: tuple[int, ...], weight: str, residual: bool) -> None:
+    # The gradient of one component cancels to eps / (x^2 + eps)^1.5: with a small eps only rounding would be compared.
+    eps = 1e-5 if shape[-1] > 1 else 1.0
     for dtype in backend.dtypes:
         if backend.emulated and (dtype == torch.float32 or len(shape) == 3):
             continue  # an emulated token costs milliseconds; dtypes and shapes are covered pairwise
@@ -36,7 +38,7 @@ def test_values_and_gradients(backend: Backend, shape: tuple[int, ...], weight: 
         tensors = inputs(backend, shape, dtype, weight_dtype, residual)
         wanted = [name for name, t in tensors.items() if t is not None]
         length = max(shape[-1], torch.Size(shape[:-1]).numel())
-        numerics.compare(backend.ops.rms_norm, reference.rms_norm, tensors, wanted=wanted, length=length, eps=1e-5)
+        numerics.compare(backend.ops.rms_norm, reference.rms_norm, tensors, wanted=wanted, length=length, eps=eps)
 
 
 @given(data=st.data())
