@@ -155,18 +155,22 @@ int tile_keys(int d) { return d == 256 ? BackwardTiles<256>::kKeys : BackwardTil
 static_assert(sm90::BackwardTiles<64>::kKeys == BackwardTiles<64>::kKeys);
 static_assert(sm90::BackwardTiles<128>::kKeys == BackwardTiles<128>::kKeys);
 
-// Key tiles by the Hopper kernel; asked of the inputs as they came.
-bool use_hopper(const AttentionBackwardParams& p, const Launch& launch) {
+// What makes dK and dV; asked of the inputs as they came.
+struct Kernel {
+  bool hopper;  // sm90/backward.cuh, else the sm_80 family (or float32)
+  int* tile_counter = nullptr;
+};
+Kernel choose_kernel(const AttentionBackwardParams& p, const Launch& launch) {
 #ifdef YOCO_HAS_SM90
-  return compute_capability(launch.device) == 90 && sm90::backward_fits(p);
+  return Kernel{compute_capability(launch.device) == 90 && sm90::backward_fits(p)};
 #else
-  return false;
+  return Kernel{false};
 #endif
 }
 
 // Fills the plan, lays out the workspace and, with memory behind it, makes the inputs aligned. base null: only counts.
 template <typename T>
-const char* prepare(AttentionBackwardParams& p, BackwardPlan& plan, bool hopper, WorkspaceCursor& workspace,
+const char* prepare(AttentionBackwardParams& p, BackwardPlan& plan, Kernel& kernel, WorkspaceCursor& workspace,
                     const Launch& launch) {
   constexpr bool kSimt = std::is_same_v<T, float>;
   const int d = instance(p);
@@ -183,21 +187,28 @@ const char* prepare(AttentionBackwardParams& p, BackwardPlan& plan, bool hopper,
 
   // dQ rides along with dK and dV only if the key tiles it needs are visited anyway and the order of float32 additions
   // may vary.
-  const int tile_rows = hopper ? sm90::backward_rows(d) : BackwardTiles<128>::kRows;
+  const int tile_rows = kernel.hopper ? sm90::backward_rows(d) : BackwardTiles<128>::kRows;
   const bool atomics =
       !kSimt && !p.deterministic && plan.want_dq && plan.want_dkv && (p.num_latents == 0 || plan.want_latents);
+  size_t zeros = 0;  // 4-byte words
   int rows_per_tile = kSimt ? kSimtRows : d == 256 ? 64 : 128;
   if (atomics) {
-    rows_per_tile = hopper ? int(tile_rows / group * group) : tile_rows;  // on Hopper whole tokens
+    rows_per_tile = kernel.hopper ? int(tile_rows / group * group) : tile_rows;  // on Hopper whole tokens
     const int64_t tiles = p.cu_seqlens_q != nullptr ? p.time_q * group / rows_per_tile + p.num_sequences + 1
                                                     : p.batch * ceil_div(p.time_q * group, rows_per_tile);
     const size_t count = size_t(tiles) * p.heads_kv * tile_rows * d;
     plan.dq_accumulator = workspace.take<float>(count);
-    if (plan.dq_accumulator != nullptr) {
-      if (const char* message = set_device(launch)) return message;
-      YOCO_CUDA_CHECK(
-          cudaMemsetAsync(plan.dq_accumulator, 0, count * sizeof(float), static_cast<cudaStream_t>(launch.stream)));
-    }
+    zeros = count;
+  }
+  // Behind the accumulator, so that both are zeroed at once.
+  if (kernel.hopper && (plan.want_dkv || plan.want_latents)) {
+    kernel.tile_counter = workspace.take<int>(1);
+    zeros = (zeros * sizeof(float) + 255) / 256 * 64 + 1;
+  }
+  void* const zeroed = plan.dq_accumulator != nullptr ? static_cast<void*>(plan.dq_accumulator) : kernel.tile_counter;
+  if (zeroed != nullptr) {
+    if (const char* message = set_device(launch)) return message;
+    YOCO_CUDA_CHECK(cudaMemsetAsync(zeroed, 0, zeros * 4, static_cast<cudaStream_t>(launch.stream)));
   }
 
   // Latents of several sequences: up to 16 slices fill the GPU without much to reduce.
@@ -232,7 +243,7 @@ const char* prepare(AttentionBackwardParams& p, BackwardPlan& plan, bool hopper,
 }
 
 template <typename T>
-const char* run_gradients(const AttentionBackwardParams& p, const BackwardPlan& plan, bool hopper,
+const char* run_gradients(const AttentionBackwardParams& p, const BackwardPlan& plan, const Kernel& kernel,
                           const Launch& launch) {
   const bool by_keys = plan.want_dkv || plan.want_latents;
   const bool by_rows = plan.want_dq && plan.dq_accumulator == nullptr;
@@ -248,9 +259,9 @@ const char* run_gradients(const AttentionBackwardParams& p, const BackwardPlan& 
   } else {
     const int d = instance(p);
 #ifdef YOCO_HAS_SM90
-    if (by_keys && hopper) {
-      message =
-          (d == 64 ? sm90::launch_attention_backward<T, 64> : sm90::launch_attention_backward<T, 128>)(p, plan, launch);
+    if (by_keys && kernel.hopper) {
+      message = (d == 64 ? sm90::launch_attention_backward<T, 64>
+                         : sm90::launch_attention_backward<T, 128>)(p, plan, kernel.tile_counter, launch);
     } else
 #endif
         if (by_keys) {
@@ -278,8 +289,8 @@ template <typename T>
 const char* backward(AttentionBackwardParams p, const Launch& launch) {
   BackwardPlan plan{};
   WorkspaceCursor workspace{static_cast<char*>(p.workspace)};
-  const bool hopper = use_hopper(p, launch);
-  if (const char* message = prepare<T>(p, plan, hopper, workspace, launch)) return message;
+  Kernel kernel = choose_kernel(p, launch);
+  if (const char* message = prepare<T>(p, plan, kernel, workspace, launch)) return message;
   const int64_t rows = p.batch * p.time_q * p.heads_q;
   if (rows > 0) {
     const unsigned ctas = unsigned(std::min<int64_t>(ceil_div(rows, 8), int64_t(sm_count(launch.device)) * 32 + 1));
@@ -288,7 +299,7 @@ const char* backward(AttentionBackwardParams p, const Launch& launch) {
       return message;
     }
   }
-  if (const char* message = run_gradients<T>(p, plan, hopper, launch)) return message;
+  if (const char* message = run_gradients<T>(p, plan, kernel, launch)) return message;
   if (plan.latent_partial_k != nullptr) {
     const auto reduce = [&](const float* partial, const View& to, int64_t dim) {
       const int64_t size = p.num_latents * p.heads_kv * dim;
@@ -308,8 +319,8 @@ size_t attention_backward_workspace(const AttentionBackwardParams& params, const
   AttentionBackwardParams p = params;
   BackwardPlan plan{};
   WorkspaceCursor workspace{nullptr};
-  const bool hopper = use_hopper(p, launch);
-  YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* { return prepare<T>(p, plan, hopper, workspace, launch); });
+  Kernel kernel = choose_kernel(p, launch);
+  YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* { return prepare<T>(p, plan, kernel, workspace, launch); });
   return workspace.used;
 }
 

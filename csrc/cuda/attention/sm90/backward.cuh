@@ -1,10 +1,10 @@
 // Attention backward for Hopper (sm_90a): dK and dV, and with them dQ. One kernel, read from its end upwards.
 //
-// A CTA owns kKeys keys of one KV head: K and V stay in shared memory while it walks over the tiles of kRows rows
-// (token x query head) that see these keys. One producer warp finds the tiles, moves Q and dO by TMA into a ring and
-// writes what each row of them needs: lse, delta and, at the edges of the mask, the keys it sees. Two consumer
-// warpgroups own 64 keys each; keys are the rows of their products, so that P^T and dS^T come out of the softmax as
-// operands of the next products and never leave the registers of dK and dV:
+// A persistent CTA takes kKeys keys of one KV head at a time: K and V stay in shared memory while it walks over the
+// tiles of kRows rows (token x query head) that see these keys. One producer warp finds the tiles, moves Q and dO by
+// TMA into a ring and writes what each row of them needs: lse, delta and, at the edges of the mask, the keys it sees.
+// Two consumer warpgroups own 64 keys each; keys are the rows of their products, so that P^T and dS^T come out of the
+// softmax as operands of the next products and never leave the registers of dK and dV:
 //   S^T = K Q^T, dP^T = V dO^T     WGMMA, both operands from shared memory
 //   P = exp2(S - lse), dS = P * (dP - delta)        float32, in registers
 //   dV += P^T dO, dK += dS^T Q     WGMMA, P^T and dS^T rounded to T from registers, dO and Q as they lie
@@ -17,255 +17,139 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cuda/attention/simt_backward.h"
-#include "cuda/attention/sm90/backward_plan.h"
-#include "cuda/attention/sm90/tile.cuh"
+#include "cuda/attention/sm90/backward_shared.cuh"
 
 namespace yoco::cuda::sm90 {
-
-// Tile table. 2 consumer warpgroups of 240 registers, producer 24, one CTA per SM. Registers of a consumer thread:
-// S + dP, then P + dS (half as many); dK + dV; dQ (when S and dP are gone). Shared memory: K, V; two stages of Q, dO;
-// two of dS; 32 KB of dQ.
-//   D    rows keys  S + dP  dK + dV  dQ   shared
-//   64   128  128   128     64       32   197 KB   64 rows would read each byte of K and V twice as often
-//   128  64   128   64      128      32   195 KB   80 rows: S + dP 80, 240 registers do not hold it with a row's mask
-// kDQ: dQ is made here too.
-template <typename T, int D, bool DQ>
-struct BackwardConfig {
-  using Element = T;
-  static constexpr bool kDQ = DQ;
-  static constexpr int kDim = D;
-  static constexpr int kRows = BackwardTiles<D>::kRows;
-  static constexpr int kKeys = BackwardTiles<D>::kKeys;
-  static constexpr int kStages = 2;
-  static constexpr int kWarpgroups = 2;  // consumers
-  static constexpr int kThreads = kWarpgroup * (1 + kWarpgroups);
-  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
-  static constexpr int kPanels = D / 64;
-  static constexpr int kKeyBytes = kKeys * D * 2, kRowBytes = kRows * D * 2, kScoreBytes = kKeys * kRows * 2;
-  // dQ of a tile is 8 pieces of [16 rows][64 columns], one per consumer warp: rows 16 (warp % 4) .. of 64 rows or, at
-  // D 128, of 64 columns that the warpgroup owns.
-  static constexpr int kPiece = 16 * 64;  // float32
-  static_assert(kRows * D == 8 * kPiece && kKeys == 64 * kWarpgroups);
-};
-
-// Offsets in shared memory. "Full" and "empty" barriers as usual; consumers arrive once per warp.
-template <typename Config>
-struct BackwardShared {
-  static constexpr int kK = 0;
-  static constexpr int kV = kK + Config::kKeyBytes;
-  static constexpr int kQ = kV + Config::kKeyBytes;
-  static constexpr int kDOut = kQ + Config::kStages * Config::kRowBytes;
-  static constexpr int kDS = kDOut + Config::kStages * Config::kRowBytes;  // dS^T [row panel][key][64 rows]
-  static constexpr int kDQ = kDS + 2 * Config::kScoreBytes;                // [warp][kPiece]
-  static constexpr int kLse = kDQ + 8 * Config::kPiece * 4;                // [stage][row]
-  static constexpr int kDelta = kLse + Config::kStages * Config::kRows * 4;
-  static constexpr int kSeen = kDelta + Config::kStages * Config::kRows * 4;   // [stage][row] {begin, end} of keys
-  static constexpr int kHeader = kSeen + Config::kStages * Config::kRows * 8;  // [stage] {dQ tile, rows, flags, 0}
-  static constexpr int kFull = kHeader + Config::kStages * 16;
-  static constexpr int kEmpty = kFull + 8 * Config::kStages;
-  static constexpr int kKeysFull = kEmpty + 8 * Config::kStages;
-  static constexpr int kKeysEmpty = kKeysFull + 8;
-  static constexpr int kDSFull = kKeysEmpty + 8;
-  static constexpr int kDSEmpty = kDSFull + 16;
-  static constexpr int kBytes = kDSEmpty + 16;
-  static_assert(kBytes <= 227 * 1024);
-};
-// Flags of a slot's header. A slot without a tile ends a walk over the rows of one sequence.
-constexpr int kFullTile = 1;  // every row sees every key
-constexpr int kEndOfWalk = 2;
-constexpr int kLastWalk = 4;         // these keys are done
-constexpr int kConsumerBarrier = 1;  // named barrier of all consumers
-
-YOCO_DEVICE float2 load_shared_float2(uint32_t address) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
-  return v;
-}
-YOCO_DEVICE void store_shared(uint32_t address, float v) {
-  asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(address), "f"(v) : "memory");
-}
-YOCO_DEVICE void store_shared(uint32_t address, int2 v) {
-  asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
-}
-YOCO_DEVICE int4 load_shared_int4(uint32_t address) {
-  int4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-YOCO_DEVICE void store_shared(uint32_t address, int4 v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-YOCO_DEVICE void store_shared(uint32_t address, float a, float b, float c, float d) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-YOCO_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]),
-               "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
-// Rows [begin, end) of every panel of a tile become zero; thread i of `threads`.
-template <int kPanels>
-YOCO_DEVICE void zero_tile_rows(uint32_t tile, int panel_bytes, int begin, int end, int i, int threads) {
-  for (int chunk = begin * 8 + i; chunk < end * 8; chunk += threads) {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      store_shared(tile + panel * panel_bytes + chunk * 16, make_int4(0, 0, 0, 0));
-    }
-  }
-}
-
-// What a CTA works on, and which rows see it.
-struct KeyTile {
-  bool latents;
-  int sequence, head, sequence_step;
-  int first, step;  // first key; the next one if max_seqlen_k understated a sequence
-  int num_keys;     // that take part
-  int store_keys;   // whose gradients are ours
-};
-YOCO_DEVICE KeyTile key_tile(const AttentionBackwardParams& p, const BackwardPlan& plan, int kKeys) {
-  const WorkTile work = plan.schedule.decode(int(blockIdx.x));
-  KeyTile k;
-  k.latents = work.tile >= plan.main_tiles;
-  k.sequence = work.sequence;
-  k.head = work.head;
-  k.sequence_step = k.latents ? plan.latent_slices : int(p.num_sequences);
-  const RowMap own = make_row_map(p, work.sequence, work.head);
-  k.first = (k.latents ? work.tile - plan.main_tiles : work.tile) * kKeys;
-  k.step = (k.latents ? plan.latent_tiles : plan.main_tiles) * kKeys;
-  k.num_keys = k.latents ? int(p.num_latents) : int(own.sequence.len_k);
-  k.store_keys = k.latents ? int(p.num_latents) : keys_to_store(p, own);
-  if (k.latents ? !plan.want_latents || work.sequence >= plan.latent_slices : !plan.want_dkv) k.store_keys = 0;
-  return k;
-}
 
 // ---- the producer warp
 template <typename Config>
 YOCO_DEVICE void produce(const AttentionBackwardParams& p, const BackwardPlan& plan, const BackwardMaps& maps,
-                         uint32_t shared) {
+                         int* counter, uint32_t shared) {
   using Shared = BackwardShared<Config>;
   constexpr int kRows = Config::kRows, kKeys = Config::kKeys, kPanels = Config::kPanels, kPerLane = kRows / 32;
   const int lane = int(threadIdx.x % 32);
   const bool leader = lane == 0;
   RingPosition<Config::kStages> at;
   uint32_t keys_parity = 0;
-  const KeyTile keys = key_tile(p, plan, kKeys);
-  for (int first = keys.first; first < keys.store_keys; first += keys.step) {
-    for (int sequence = keys.sequence; sequence < p.num_sequences; sequence += keys.sequence_step) {
-      const RowMap map = make_row_map(p, sequence, keys.head);
-      const int tile_rows = kRows / map.group * map.group;
-      const int len_q = int(map.sequence.len_q), len_k = int(map.sequence.len_k);
-      const bool latents = keys.latents;
-      const bool scan = latents ? p.latent_begin != nullptr || p.latent_end != nullptr : p.mask.prefix_len != nullptr;
-      int tile = 0, tile_end = keys.num_keys > first ? (map.rows + tile_rows - 1) / tile_rows : 0;
-      if (!scan && !latents && tile_end > 0) {
-        const int last = min(first + kKeys, keys.num_keys) - 1;
-        const int64_t i0 = query_range(p.mask.window_left, p.mask.window_right, first, len_q, len_k).begin;
-        const int64_t i1 = query_range(p.mask.window_left, p.mask.window_right, last, len_q, len_k).end;
-        tile = int(i0) * map.group / tile_rows;
-        tile_end = i0 < i1 ? (int(i1) * map.group + tile_rows - 1) / tile_rows : tile;
-      }
-      const float2* stats = plan.stats + first_stat(p, map);
-      bool any = false;
-      for (; tile < tile_end; ++tile) {
-        // Does any row of the tile see any of these keys, do all see all?
-        bool full;
-        if (scan) {
-          bool some = false;
-          full = true;
-#pragma unroll
-          for (int i = 0; i < kPerLane; ++i) {
-            const int r = i * 32 + lane, row = tile * tile_rows + r;
-            if (r >= tile_rows) continue;
-            const int2 seen = row < map.rows ? row_keys(p, map, row, latents) : make_int2(0, 0);
-            some |= seen.x < first + kKeys && seen.y > first && seen.x < seen.y;
-            full &= seen.x <= first && seen.y >= first + kKeys;
-          }
-          if (!__any_sync(0xffffffffu, some)) continue;
-          full = __all_sync(0xffffffffu, full);
-        } else {
-          full = (tile + 1) * tile_rows <= map.rows && first + kKeys <= keys.num_keys;
-          if (!latents && full) {
-            const KeyRange a =
-                window_range(p.mask.window_left, p.mask.window_right, map.token(tile * tile_rows), len_q, len_k);
-            const KeyRange b = window_range(p.mask.window_left, p.mask.window_right,
-                                            map.token((tile + 1) * tile_rows - 1), len_q, len_k);
-            full = b.begin <= first && a.end >= first + kKeys;
-          }
+  const auto end_slot = [&](int flags, int index, int first) {
+    mbarrier_wait(shared + Shared::kEmpty + 8 * at.slot, at.parity ^ 1);
+    if (leader) {
+      store_shared(shared + Shared::kHeader + at.slot * 16, make_int4(0, flags, index, first));
+      mbarrier_arrive(shared + Shared::kFull + 8 * at.slot);
+      mbarrier_arrive(shared + Shared::kFull + 8 * at.slot);
+    }
+    at.advance();
+  };
+  const int count = int(plan.schedule.count());
+  for (int index = int(blockIdx.x), next; index < count; index = next) {
+    // Asked for before it is needed.
+    next = counter == nullptr ? count : leader ? int(gridDim.x) + atomicAdd(counter, 1) : 0;
+    const KeyTile keys = key_tile(p, plan, kKeys, index);
+    for (int first = keys.first; first < keys.store_keys; first += keys.step) {
+      for (int sequence = keys.sequence; sequence < p.num_sequences; sequence += keys.sequence_step) {
+        const RowMap map = make_row_map(p, sequence, keys.head);
+        const int tile_rows = kRows / map.group * map.group;
+        const int len_q = int(map.sequence.len_q), len_k = int(map.sequence.len_k);
+        const bool latents = keys.latents;
+        const bool scan = latents ? p.latent_begin != nullptr || p.latent_end != nullptr : p.mask.prefix_len != nullptr;
+        int tile = 0, tile_end = keys.num_keys > first ? (map.rows + tile_rows - 1) / tile_rows : 0;
+        if (!scan && !latents && tile_end > 0) {
+          const int last = min(first + kKeys, keys.num_keys) - 1;
+          const int64_t i0 = query_range(p.mask.window_left, p.mask.window_right, first, len_q, len_k).begin;
+          const int64_t i1 = query_range(p.mask.window_left, p.mask.window_right, last, len_q, len_k).end;
+          tile = int(i0) * map.group / tile_rows;
+          tile_end = i0 < i1 ? (int(i1) * map.group + tile_rows - 1) / tile_rows : tile;
         }
-        if (!any) {
-          mbarrier_wait(shared + Shared::kKeysEmpty, keys_parity ^ 1);
-          keys_parity ^= 1;
-          if (leader) {
-            const uint32_t barrier = shared + Shared::kKeysFull;
-            mbarrier_arrive_expect(barrier, 2 * Config::kKeyBytes);
-            const int batch = latents && p.latents_shared ? 0 : int(map.sequence.batch);
-            const int key = first + (latents ? 0 : int(map.sequence.k_begin));
+        const float2* stats = plan.stats + first_stat(p, map);
+        bool any = false;
+        for (; tile < tile_end; ++tile) {
+          // Does any row of the tile see any of these keys, do all see all?
+          bool full;
+          if (scan) {
+            bool some = false;
+            full = true;
 #pragma unroll
-            for (int panel = 0; panel < kPanels; ++panel) {
-              tma_load(shared + Shared::kK + panel * kKeys * 128, latents ? maps.latent_k : maps.k, barrier, panel * 64,
-                       key, map.head_kv, batch);
-              tma_load(shared + Shared::kV + panel * kKeys * 128, latents ? maps.latent_v : maps.v, barrier, panel * 64,
-                       key, map.head_kv, batch);
+            for (int i = 0; i < kPerLane; ++i) {
+              const int r = i * 32 + lane, row = tile * tile_rows + r;
+              if (r >= tile_rows) continue;
+              const int2 seen = row < map.rows ? row_keys(p, map, row, latents) : make_int2(0, 0);
+              some |= seen.x < first + kKeys && seen.y > first && seen.x < seen.y;
+              full &= seen.x <= first && seen.y >= first + kKeys;
+            }
+            if (!__any_sync(0xffffffffu, some)) continue;
+            full = __all_sync(0xffffffffu, full);
+          } else {
+            full = (tile + 1) * tile_rows <= map.rows && first + kKeys <= keys.num_keys;
+            if (!latents && full) {
+              const KeyRange a =
+                  window_range(p.mask.window_left, p.mask.window_right, map.token(tile * tile_rows), len_q, len_k);
+              const KeyRange b = window_range(p.mask.window_left, p.mask.window_right,
+                                              map.token((tile + 1) * tile_rows - 1), len_q, len_k);
+              full = b.begin <= first && a.end >= first + kKeys;
             }
           }
-        }
-        const int rows = min(tile_rows, map.rows - tile * tile_rows);
-        float2 stat[kPerLane];
+          if (!any) {
+            mbarrier_wait(shared + Shared::kKeysEmpty, keys_parity ^ 1);
+            keys_parity ^= 1;
+            if (leader) {
+              const uint32_t barrier = shared + Shared::kKeysFull;
+              mbarrier_arrive_expect(barrier, 2 * Config::kKeyBytes);
+              const int batch = latents && p.latents_shared ? 0 : int(map.sequence.batch);
+              const int key = first + (latents ? 0 : int(map.sequence.k_begin));
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-          stat[i] = i * 32 + lane < rows ? stats[tile * tile_rows + i * 32 + lane] : make_float2(-YOCO_NEG_INF, 0.f);
-        }
-        const uint32_t barrier = shared + Shared::kFull + 8 * at.slot;
-        mbarrier_wait(shared + Shared::kEmpty + 8 * at.slot, at.parity ^ 1);
-        if (leader) {
-          mbarrier_arrive_expect(barrier, 2 * kPanels * tile_rows * 128);
-          const int token = int(map.sequence.q_begin) + tile * (tile_rows / map.group), batch = int(map.sequence.batch);
-#pragma unroll
-          for (int panel = 0; panel < kPanels; ++panel) {
-            const uint32_t to = shared + at.slot * Config::kRowBytes + panel * kRows * 128;
-            tma_load(to + Shared::kQ, maps.q, barrier, panel * 64, 0, token, map.head_kv, batch);
-            tma_load(to + Shared::kDOut, maps.d_out, barrier, panel * 64, 0, token, map.head_kv, batch);
+              for (int panel = 0; panel < kPanels; ++panel) {
+                tma_load(shared + Shared::kK + panel * kKeys * 128, latents ? maps.latent_k : maps.k, barrier,
+                         panel * 64, key, map.head_kv, batch);
+                tma_load(shared + Shared::kV + panel * kKeys * 128, latents ? maps.latent_v : maps.v, barrier,
+                         panel * 64, key, map.head_kv, batch);
+              }
+            }
           }
-          store_shared(shared + Shared::kHeader + at.slot * 16,
-                       make_int4(int(dq_tile(p, map, tile_rows, tile)), rows, full ? kFullTile : 0, 0));
-        }
+          const int rows = min(tile_rows, map.rows - tile * tile_rows);
+          float2 stat[kPerLane];
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-          const int r = i * 32 + lane, at_row = int(at.slot) * kRows + r;
-          store_shared(shared + Shared::kLse + at_row * 4, stat[i].x);
-          store_shared(shared + Shared::kDelta + at_row * 4, stat[i].y);
-          if (!full) {
-            store_shared(shared + Shared::kSeen + at_row * 8,
-                         r < rows ? row_keys(p, map, tile * tile_rows + r, latents) : make_int2(0, 0));
+          for (int i = 0; i < kPerLane; ++i) {
+            stat[i] = i * 32 + lane < rows ? stats[tile * tile_rows + i * 32 + lane] : make_float2(-YOCO_NEG_INF, 0.f);
           }
+          const uint32_t barrier = shared + Shared::kFull + 8 * at.slot;
+          mbarrier_wait(shared + Shared::kEmpty + 8 * at.slot, at.parity ^ 1);
+          if (leader) {
+            mbarrier_arrive_expect(barrier, 2 * kPanels * tile_rows * 128);
+            const int token = int(map.sequence.q_begin) + tile * (tile_rows / map.group),
+                      batch = int(map.sequence.batch);
+#pragma unroll
+            for (int panel = 0; panel < kPanels; ++panel) {
+              const uint32_t to = shared + at.slot * Config::kRowBytes + panel * kRows * 128;
+              tma_load(to + Shared::kQ, maps.q, barrier, panel * 64, 0, token, map.head_kv, batch);
+              tma_load(to + Shared::kDOut, maps.d_out, barrier, panel * 64, 0, token, map.head_kv, batch);
+            }
+            store_shared(shared + Shared::kHeader + at.slot * 16,
+                         make_int4(int(dq_tile(p, map, tile_rows, tile)), rows | (full ? kFullTile : 0), index, first));
+          }
+#pragma unroll
+          for (int i = 0; i < kPerLane; ++i) {
+            const int r = i * 32 + lane, at_row = int(at.slot) * kRows + r;
+            store_shared(shared + Shared::kLse + at_row * 4, stat[i].x);
+            store_shared(shared + Shared::kDelta + at_row * 4, stat[i].y);
+            if (!full) {
+              store_shared(shared + Shared::kSeen + at_row * 8,
+                           r < rows ? row_keys(p, map, tile * tile_rows + r, latents) : make_int2(0, 0));
+            }
+          }
+          __syncwarp();
+          if (leader) mbarrier_arrive(barrier);
+          at.advance();
+          any = true;
         }
-        __syncwarp();
-        if (leader) mbarrier_arrive(barrier);
-        at.advance();
-        any = true;
-      }
-      // The end of the walk, in a slot of its own. A walk without a tile is told to the consumers only if it is the
-      // last.
-      const bool last_walk = sequence + keys.sequence_step >= p.num_sequences;
-      if (any || last_walk) {
-        mbarrier_wait(shared + Shared::kEmpty + 8 * at.slot, at.parity ^ 1);
-        if (leader) {
-          store_shared(shared + Shared::kHeader + at.slot * 16,
-                       make_int4(0, 0, kEndOfWalk | (last_walk ? kLastWalk : 0), 0));
-          mbarrier_arrive(shared + Shared::kFull + 8 * at.slot);
-          mbarrier_arrive(shared + Shared::kFull + 8 * at.slot);
-        }
-        at.advance();
+        // The end of the walk, in a slot of its own. A walk without a tile is told to the consumers only if it is the
+        // last.
+        const bool last_walk = sequence + keys.sequence_step >= p.num_sequences;
+        if (any || last_walk) end_slot(kEndOfWalk | (last_walk ? kLastWalk : 0), index, first);
       }
     }
+    next = __shfl_sync(0xffffffffu, next, 0);
   }
+  end_slot(kNoMore, 0, 0);
 }
 
 // ---- a consumer warpgroup: keys 64 w .. 64 w + 63
@@ -316,8 +200,15 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
   RingPosition<2> at_ds;
   uint32_t keys_parity = 0;
 
-  const KeyTile keys = key_tile(p, plan, kKeys);
-  for (int first = keys.first; first < keys.store_keys; first += keys.step) {
+  const auto next_header = [&] {
+    mbarrier_wait(shared + Shared::kFull + 8 * at.slot, at.parity);
+    const int4 v = load_shared_int4(shared + Shared::kHeader + at.slot * 16);
+    return make_int4(uniform(v.x), uniform(v.y), v.z, v.w);
+  };
+  for (;;) {
+    int4 header = next_header();
+    if ((header.y & kNoMore) != 0) break;
+    const int index = uniform(header.z), first = uniform(header.w);
     float dk[kAcc], dv[kAcc];
 #pragma unroll
     for (int i = 0; i < kAcc; ++i) dk[i] = dv[i] = 0.f;
@@ -364,7 +255,7 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
     // One tile; dQ of the one before it, unless this is the first of its walk.
     const auto step = [&](const int4& header, auto first_tile) {
       constexpr bool kDQBefore = Config::kDQ && !decltype(first_tile)::value;
-      const int rows = header.y, flags = header.z;
+      const int rows = header.y & kRowsMask;
       const uint32_t q_tile = shared + Shared::kQ + at.slot * Config::kRowBytes;
       const uint32_t do_tile = shared + Shared::kDOut + at.slot * Config::kRowBytes;
       if (loose_rows && rows < kRows) {
@@ -392,7 +283,7 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
       issue_scores(dp, shared + Shared::kV, do_tile);
 
       // ---- P, dS
-      const bool full = (flags & kFullTile) != 0;
+      const bool full = (header.y & kFullTile) != 0;
       const uint32_t column = at.slot * (kRows * 4) + lane % 4 * 8;
       const uint32_t seen_at = shared + Shared::kSeen + at.slot * (kRows * 8) + lane % 4 * 16;
       const auto mask = [&](float(&d)[kS]) {
@@ -471,26 +362,19 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
         dq_to = plan.dq_accumulator + (int64_t(header.x) * 8 + warpgroup * 4 + warp) * Config::kPiece;
       }
     };
-    const auto next_header = [&] {
-      mbarrier_wait(shared + Shared::kFull + 8 * at.slot, at.parity);
-      const int4 v = load_shared_int4(shared + Shared::kHeader + at.slot * 16);
-      return make_int4(uniform(v.x), uniform(v.y), uniform(v.z), 0);
-    };
-
-    for (bool last_walk = false; !last_walk;) {
-      int4 header = next_header();
-      if ((header.z & kEndOfWalk) == 0) {
+    for (;;) {
+      if ((header.y & kEndOfWalk) == 0) {
         mbarrier_wait(shared + Shared::kKeysFull, keys_parity);
         keys_parity ^= 1;
-        if (loose_keys && keys.num_keys - first < kKeys) {
-          zero_tile_rows<2 * Config::kPanels>(shared + Shared::kK, kKeys * 128, keys.num_keys - first, kKeys, consumer,
-                                              2 * kWarpgroup);
+        const int keep = key_tile(p, plan, kKeys, index).num_keys - first;
+        if (loose_keys && keep < kKeys) {
+          zero_tile_rows<2 * Config::kPanels>(shared + Shared::kK, kKeys * 128, keep, kKeys, consumer, 2 * kWarpgroup);
           fence_async_proxy();
           named_sync(kConsumerBarrier, 2 * kWarpgroup);
         }
         step(header, std::true_type());
 #pragma unroll 1
-        for (header = next_header(); (header.z & kEndOfWalk) == 0; header = next_header()) {
+        for (header = next_header(); (header.y & kEndOfWalk) == 0; header = next_header()) {
           step(header, std::false_type());
         }
         if constexpr (Config::kDQ) {
@@ -499,12 +383,15 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
         }
         if (lane == 0) mbarrier_arrive(shared + Shared::kKeysEmpty);
       }
-      last_walk = (header.z & kLastWalk) != 0;
+      const bool last_walk = (header.y & kLastWalk) != 0;
       release_slot();
+      if (last_walk) break;
+      header = next_header();
     }
 
     // ---- epilogue. A row that does not see a key may have put 0 * NaN into its gradients: such keys are computed
     // again, row by row. Keys that seqused_k leaves out are zero.
+    const KeyTile keys = key_tile(p, plan, kKeys, index);
     const RowMap own = make_row_map(p, keys.sequence, keys.head);
     const GradientRows to_k = gradient_rows<T>(p, plan, own, keys.latents, false);
     const GradientRows to_v = gradient_rows<T>(p, plan, own, keys.latents, true);
@@ -542,7 +429,8 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     attention_backward_kernel(const __grid_constant__ AttentionBackwardParams p,
-                              const __grid_constant__ BackwardPlan plan, const __grid_constant__ BackwardMaps maps) {
+                              const __grid_constant__ BackwardPlan plan, const __grid_constant__ BackwardMaps maps,
+                              int* counter) {
   using Shared = BackwardShared<Config>;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const uint32_t shared = shared_address(shared_memory);
@@ -570,7 +458,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     give_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<Config>(p, plan, maps, shared);
+    if (threadIdx.x < 32) produce<Config>(p, plan, maps, counter, shared);
   } else {
     take_registers<Config::kConsumerRegisters>();
     consume<Config>(p, plan, shared);
@@ -619,7 +507,7 @@ __global__ void __launch_bounds__(Config::kRows * 2)
 }
 
 template <typename T, int D>
-const char* launch_attention_backward(const AttentionBackwardParams& p, const BackwardPlan& plan,
+const char* launch_attention_backward(const AttentionBackwardParams& p, const BackwardPlan& plan, int* counter,
                                       const Launch& launch) {
   using Config = BackwardConfig<T, D, true>;
   BackwardMaps maps{};
@@ -635,10 +523,12 @@ const char* launch_attention_backward(const AttentionBackwardParams& p, const Ba
   key_map(maps.latent_k, p.latent_k, latent_batch, p.num_latents, p.dim_qk);
   key_map(maps.latent_v, p.latent_v, latent_batch, p.num_latents, p.dim_v);
   if (m) return m;
-  const unsigned ctas = unsigned(std::max<int64_t>(plan.schedule.count(), 1));
+  const int64_t count = std::max<int64_t>(plan.schedule.count(), 1);
+  const unsigned ctas = unsigned(std::min<int64_t>(count, std::max(sm_count(launch.device), 1)));
   const auto kernel = plan.dq_accumulator != nullptr ? attention_backward_kernel<Config>
                                                      : attention_backward_kernel<BackwardConfig<T, D, false>>;
-  m = launch_kernel(kernel, ctas, Config::kThreads, BackwardShared<Config>::kBytes, launch, p, plan, maps);
+  m = launch_kernel(kernel, ctas, Config::kThreads, BackwardShared<Config>::kBytes, launch, p, plan, maps,
+                    count > ctas ? counter : nullptr);
   if (m || plan.dq_accumulator == nullptr) return m;
   return launch_kernel(finish_dq_kernel<Config>, unsigned(std::max<int64_t>(plan.row_schedule.count(), 1)),
                        Config::kRows * 2, 0, launch, p, plan);

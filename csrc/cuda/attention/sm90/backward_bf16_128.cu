@@ -1,5 +1,5 @@
 #include "cuda/attention/sm90/backward.cuh"
 
 template const char* yoco::cuda::sm90::launch_attention_backward<__nv_bfloat16, 128>(const AttentionBackwardParams&,
-                                                                                     const BackwardPlan&,
+                                                                                     const BackwardPlan&, int*,
                                                                                      const Launch&);

@@ -20,9 +20,10 @@ struct BackwardMaps {
   CUtensorMap latent_v;
 };
 
-// D: 64 or 128. dK, dV (and with a dq_accumulator dQ) by key tiles.
+// D: 64 or 128. dK, dV (and with a dq_accumulator dQ) by key tiles. counter: one zeroed int, the next tile of a CTA.
 template <typename T, int D>
-const char* launch_attention_backward(const AttentionBackwardParams& p, const BackwardPlan& plan, const Launch& launch);
+const char* launch_attention_backward(const AttentionBackwardParams& p, const BackwardPlan& plan, int* counter,
+                                      const Launch& launch);
 
 inline bool d_out_fits(const AttentionBackwardParams& p) {
   const bool copied = !aligned(p.d_out, 2, 16);  // by align_rows
