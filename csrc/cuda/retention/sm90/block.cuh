@@ -47,7 +47,7 @@ struct RunBlock {
   int batch, first_token, length;                  // of the sequence
   int num_chunks, segments;
   int begin, end;  // chunks of this segment, in the order of the run
-  bool reverse, outputs;
+  bool reverse, outputs, packed;
 
   // A chunk's tokens: [end - count, end) of the batch row.
   struct Chunk {
@@ -60,14 +60,21 @@ struct RunBlock {
   }
 };
 
-YOCO_DEVICE void tma_load_panel(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int column,
-                                const RunBlock& b, const RunBlock::Chunk& c) {
-  tma_load(shared, map, barrier, column, kChunk - c.count, c.end, b.head, b.batch);
+// Where a chunk is in the maps of RetentionMaps, behind the column.
+struct ChunkBox {
+  int row, head, c3, c4;
+};
+YOCO_DEVICE ChunkBox chunk_box(const RunBlock& b, const RunBlock::Chunk& c) {
+  constexpr int kRows = static_cast<int>(kPackedRows);
+  return b.packed ? ChunkBox{kRows - c.count, b.head, c.end, kRows} : ChunkBox{c.end - c.count, b.head, b.batch, 0};
 }
-YOCO_DEVICE void tma_store_panel(const CUtensorMap& map, uint32_t shared, int column, const RunBlock& b,
-                                 const RunBlock::Chunk& c) {
+YOCO_DEVICE void tma_load_panel(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int column,
+                                const ChunkBox& box) {
+  tma_load(shared, map, barrier, column, box.row, box.head, box.c3, box.c4);
+}
+YOCO_DEVICE void tma_store_panel(const CUtensorMap& map, uint32_t shared, int column, const ChunkBox& box) {
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];\n" ::"l"(&map),
-               "r"(shared), "r"(column), "r"(kChunk - c.count), "r"(c.end), "r"(b.head), "r"(b.batch)
+               "r"(shared), "r"(column), "r"(box.row), "r"(box.head), "r"(box.c3), "r"(box.c4)
                : "memory");
 }
 

@@ -7,17 +7,18 @@
 namespace yoco::cuda {
 namespace {
 
-// Dimensions: columns, row of the chunk, end of the chunk, head, batch (see RetentionMaps).
+// Dimensions: columns, rows, head, and two that RetentionMaps explains.
 const char* chunk_map(CUtensorMap& map, DType dtype, const RetentionGrid& p, const View& v, int dim) {
   constexpr int64_t kSize = 2;
   const int64_t stride = p.time > 1 ? v.time_stride : 8;  // of a single token: anything
-  const char* const origin = static_cast<const char*>(v.data) - kChunk * stride * kSize;
-  const MapDim dims[] = {{dim, 1, 64},
-                         {kChunk, stride, kChunk},
-                         {p.time + 1, stride, 1},
-                         {p.heads, v.head_stride, 1},
-                         {p.batch, v.batch_stride, 1}};
-  return make_tensor_map(map, map_type(dtype), kSize, origin, dims);
+  const MapDim dense[] = {
+      {dim, 1, 64}, {p.time, stride, kChunk}, {p.heads, v.head_stride, 1}, {p.batch, v.batch_stride, 1}, {1, 0, 1}};
+  const MapDim packed[] = {{dim, 1, 64},
+                           {kPackedRows, stride, kChunk},
+                           {p.heads, v.head_stride, 1},
+                           {p.time + 1, stride, 1},
+                           {kPackedRows + 1, kPackedStride - stride, 1}};
+  return make_tensor_map(map, map_type(dtype), kSize, v.data, p.cu_seqlens != nullptr ? packed : dense);
 }
 
 template <typename T, bool kBackward>
@@ -35,7 +36,9 @@ bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instan
   for (int r = 0; r < p.num_runs; ++r) {
     const RetentionRun& run = p.runs[r];
     for (const View* v : {&run.q, &run.k, &run.v, &run.o, &run.x}) {
-      if (v->data != nullptr && !tma_readable(*v, p.batch, p.time, p.heads, 2)) return false;
+      if (v->data != nullptr && !(tma_readable(*v, p.batch, p.time, p.heads, 2) && v->time_stride < kPackedStride)) {
+        return false;
+      }
     }
   }
   return true;
@@ -43,6 +46,7 @@ bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instan
 
 const char* launch_retention_sm90(const RetentionGrid& p, const RetentionInstance& instance, DType dtype, bool backward,
                                   const Launch& launch) {
+  if (const char* message = set_device(launch)) return message;
   RetentionMaps maps{};
   for (int r = 0; r < p.num_runs; ++r) {
     const RetentionRun& run = p.runs[r];

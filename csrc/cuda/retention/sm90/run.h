@@ -6,10 +6,15 @@
 
 namespace yoco::cuda {
 
-// How TMA sees the tensors of a run: chunks of 64 tokens of one head in boxes of 64 columns. Time appears twice, as
-// [64] and as [time + 1], both with the stride of a token and 64 tokens before the tensor's first: the box at row
-// 64 - count of the first and at position `end` of the second is the `count` tokens before `end`, and whatever follows
-// them, be it the next packed sequence, lies outside of the map. Loads find zeros there and stores leave it alone.
+// How TMA sees the tensors of a run: chunks of 64 tokens of one head in boxes of 64 columns. Where sequences are batch
+// rows, the map is the tensor and a chunk that is cut off ends at the map's edge: loads find zeros there, stores leave
+// it alone. Where sequences are packed, what follows the `count` tokens before `end` is the next sequence. There time
+// appears twice, as kPackedRows rows and as the position `end`, both with the stride of a token: the box at row
+// kPackedRows - count ends behind `count` rows. That address is kPackedRows tokens too high; a last dimension, always
+// at kPackedRows, adds what the 64 bits of an address wrap around at: kPackedRows * kPackedStride * 2 bytes = 2^65.
+// (A base address kPackedRows tokens before the tensor would do without it, but TMA needs a base that is mapped.)
+constexpr int64_t kPackedRows = int64_t(1) << 30, kPackedStride = int64_t(1) << 34;
+
 struct RetentionMaps {
   struct Run {
     CUtensorMap q, k, v, o, x;

@@ -22,20 +22,20 @@ YOCO_DEVICE void load_tiles(uint32_t shared, const RunBlock& b, const RetentionM
 #pragma unroll 1
   for (int i = b.begin; i < b.end; ++i, at.advance()) {
     const uint32_t tiles = shared + at.slot * Shape::kStageBytes, full = shared + Shape::kFull + at.slot * 8;
-    const RunBlock::Chunk c = b.chunk(i);
+    const ChunkBox box = chunk_box(b, b.chunk(i));
     mbarrier_wait(shared + Shape::kEmpty + at.slot * 8, at.parity ^ 1);
     mbarrier_arrive_expect(full, bytes);
 #pragma unroll
     for (int panel = 0; panel < Shape::kTileK / kPanelBytes; ++panel) {
       const int offset = panel * kPanelBytes, column = panel * 64;
-      if (b.outputs) tma_load_panel(tiles + offset, maps.q, full, column, b, c);
-      tma_load_panel(tiles + Shape::kK + offset, maps.k, full, column, b, c);
+      if (b.outputs) tma_load_panel(tiles + offset, maps.q, full, column, box);
+      tma_load_panel(tiles + Shape::kK + offset, maps.k, full, column, box);
     }
 #pragma unroll
     for (int panel = 0; panel < Shape::kGroups; ++panel) {
       const int offset = panel * kPanelBytes, column = b.column + panel * 64;
-      tma_load_panel(tiles + Shape::kV + offset, maps.v, full, column, b, c);
-      if (dots) tma_load_panel(tiles + Shape::kX + offset, maps.x, full, column, b, c);
+      tma_load_panel(tiles + Shape::kV + offset, maps.v, full, column, box);
+      if (dots) tma_load_panel(tiles + Shape::kX + offset, maps.x, full, column, box);
     }
   }
 }
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
     b.length = static_cast<int>(seq.length);
     b.num_chunks = static_cast<int>(num_chunks), b.segments = static_cast<int>(segments);
     b.begin = static_cast<int>(range.begin), b.end = static_cast<int>(range.end);
-    b.reverse = run.reverse, b.outputs = !p.states_only;
+    b.reverse = run.reverse, b.outputs = !p.states_only, b.packed = p.cu_seqlens != nullptr;
   }
 
   extern __shared__ uint8_t shared_raw[];

@@ -260,7 +260,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, const 
       named_sync(1 + group, kWarpgroup);
       const RunBlock::Chunk c = b.chunk(i);
       if (leader && group * 64 < b.columns) {
-        tma_store_panel(out_map, out + panel, b.column + group * 64, b, c);
+        tma_store_panel(out_map, out + panel, b.column + group * 64, chunk_box(b, c));
         bulk_commit();
       }
       if constexpr (kDots) {
