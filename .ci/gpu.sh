@@ -67,7 +67,12 @@ for s in $chosen; do
       built || break # nothing to test
       ;;
     test)
-      run test 200 python3 -m pytest -q --maxfail=20 -p no:cacheprovider -k cuda python_tests
+      # Several processes where pytest-xdist is installed: a kernel that faults ends the tests of one. A kernel that hangs
+      # is named by the stack that faulthandler prints, and ended where pytest-timeout is installed.
+      flags=(-o faulthandler_timeout=60)
+      python3 -c "import xdist" >/dev/null 2>&1 && flags+=(-n 6)
+      python3 -c "import pytest_timeout" >/dev/null 2>&1 && flags+=(--timeout 90 --timeout-method thread)
+      run test 200 python3 -m pytest -q --maxfail=20 -p no:cacheprovider "${flags[@]}" -k cuda python_tests
       ;;
     sanitize)
       for tool in memcheck racecheck; do

@@ -68,13 +68,13 @@ def attention(
     return _case("attention", shape, dtype, pairs * 4 * dim, elements * SIZE[dtype], runs, [q, k, v], backward)
 
 
-def window(device, dtype, time, heads, dim, left, *, batch=1, backward=False) -> Case:
+def window(device, dtype, time, heads, dim, left, *, batch=1, backward=False, flex=True) -> Case:
     q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
     runs = {OURS: lambda q, k, v: yoco_ext.sliding_window_attention(q, k, v, (left - 1, 0))}
     if time <= 8192:
         mask = peers.window_mask(time, time, left - 1, device)
         runs["sdpa with mask"] = lambda q, k, v: peers.sdpa(q, k, v, mask)
-    if not (backward and device.type == "cpu"):  # FlexAttention has no backward on the CPU
+    if flex and not (backward and device.type == "cpu"):  # FlexAttention has no backward on the CPU
         runs["flex compiled"] = peers.flex_window(time, time, left - 1, device)
     if device.type == "cuda" and dtype != torch.float32:
         runs |= peers.gpu_attention_peers((left - 1, 0))
@@ -105,11 +105,12 @@ def differential(device, dtype, time, heads, dim, *, batch=1, backward=False) ->
     return _case("differential", shape, dtype, flops, bytes_, runs, [q, k, v], backward)
 
 
-def retention(device, dtype, batch, time, heads, dim, *, backward=False, reference=False) -> Case:
+def retention(device, dtype, batch, time, heads, dim, *, backward=False, reference=False, compiled=True) -> Case:
     q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
     g = torch.nn.functional.logsigmoid(torch.randn(batch, time, heads, device=device)).div(16).requires_grad_(backward)
     runs = {OURS: lambda q, k, v, g: yoco_ext.gated_retention(q, k, v, g)}
-    if device.type == "cpu" or time <= 4096:  # its loop over chunks is unrolled: minutes of compiling beyond that
+    # Its loop over chunks is unrolled: minutes of compiling beyond that.
+    if compiled and (device.type == "cpu" or time <= 4096):
         runs["chunkwise compiled"] = lambda q, k, v, g: peers.compiled_retention()(q, k, v, g)
     if device.type == "cuda":
         runs |= peers.gpu_retention_peers()
@@ -202,9 +203,17 @@ def cpu_suite(quick: bool) -> Iterator[Case]:
 
 
 def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> Iterator[Case]:  # noqa: B008
-    """quick: fewer lengths, and no peer that compiles for each of them (FlexAttention but for windows)."""
+    """quick: fewer lengths, and peers that compile (FlexAttention, retention in PyTorch) for a few of them only. Decode
+    and steps, which have no such peers, come first: a run that is stopped has them."""
     dtype = torch.bfloat16
     tokens, hidden = 16384, 2048
+    for batch in (1, 8, 64):
+        for time_k in (4096, 131072) if quick else (4096, 32768, 131072, 1048576):
+            if batch * time_k <= 2**23:  # 34 GB of keys and values in bf16
+                for cache_dtype in (dtype, torch.float8_e4m3fn):
+                    yield decode(device, dtype, batch, time_k, cache_dtype=cache_dtype)
+    for batch in (1, 8, 64):
+        yield step(device, dtype, batch, 24, 128)
     for dim in (64, 128, 256):
         for time in (1024, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384):
             for backward in (False, True):
@@ -217,7 +226,10 @@ def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> Iter
                 for backward in (False, True):
                     if left < time:
                         batch = tokens // time
-                        yield window(device, dtype, time, hidden // dim, dim, left, batch=batch, backward=backward)
+                        flex = not quick or left == 1024
+                        yield window(
+                            device, dtype, time, hidden // dim, dim, left, batch=batch, backward=backward, flex=flex
+                        )
     for time in (1, 16, 1024):
         for time_k in (8192, 131072) if quick else (8192, 131072, 1048576):
             for backward in (False, True):
@@ -236,15 +248,8 @@ def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> Iter
         (8, 1024, 8, 64),
     ]
     for shape in shapes:
-        yield retention(device, dtype, *shape)
-        yield retention(device, dtype, *shape, backward=True)
+        for backward in (False, True):
+            yield retention(device, dtype, *shape, backward=backward, compiled=not quick or shape is shapes[-1])
     if not quick:
         yield retention(device, dtype, 1, 2**20, 24, 128)
-    for batch in (1, 8, 64):
-        for time_k in (4096, 131072) if quick else (4096, 32768, 131072, 1048576):
-            if batch * time_k <= 2**23:  # 34 GB of keys and values in bf16
-                for cache_dtype in (dtype, torch.float8_e4m3fn):
-                    yield decode(device, dtype, batch, time_k, cache_dtype=cache_dtype)
-    for batch in (1, 8, 64):
-        yield step(device, dtype, batch, 24, 128)
     yield from launch(device, dtype)

@@ -47,12 +47,19 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(names) + f", commit {about['commit']}")
     print("ceilings of this run: " + ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()))
     results: list[Result] = []
+    failed = 0
     suite = cases.cuda_suite if device.type == "cuda" else cases.cpu_suite
     for case in suite(options.quick):
         if options.only not in f"{case.op} {case.shape} {case.dtype}":
             continue
         torch._dynamo.reset()
-        result = measure(case, timer, options.seconds)
+        try:
+            result = measure(case, timer, options.seconds)
+        except Exception as error:  # ours: the other cases are worth having all the same
+            failed += 1
+            said = " ".join(str(error).split())[:300]
+            print(f"{case.op} {case.shape}: FAILED, {type(error).__name__}: {said}", flush=True)
+            continue
         results.append(result)
         line = format_row(result)
         if case.op == "decode":
@@ -64,4 +71,6 @@ def main(argv: list[str] | None = None) -> int:
         del case  # and its tensors, before the next one is made
     if options.output:
         print(f"figures: {options.output}")
-    return 0
+    if failed:
+        print(f"{failed} cases failed")
+    return 1 if failed else 0

@@ -96,3 +96,21 @@ def test_a_run_writes_what_it_measured(
     assert {"date", "commit", "torch", "peers", "cpu_kernels"} <= document["machine"].keys()
     assert document["ceilings"] == {"read_gbytes": 10.0}
     assert "launch: retention step" in capsys.readouterr().out
+
+
+def test_a_case_of_ours_that_fails_does_not_take_the_others_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no such kernel")
+
+    def suite(quick: bool):
+        yield harness.Case("bad", "shape", torch.float32, 1.0, 1.0, {harness.OURS: fail})
+        yield harness.Case("good", "shape", torch.float32, 1.0, 1.0, {harness.OURS: lambda: None})
+
+    monkeypatch.setattr(bench, "measure_ceilings", lambda device, timer: {})
+    monkeypatch.setattr(cases, "cpu_suite", suite)
+    path = tmp_path / "figures.json"
+    assert bench.main(["--seconds", "0.01", "--output", str(path)]) == 1
+    assert [r["op"] for r in json.loads(path.read_text())["results"]] == ["good"]
+    assert "bad shape: FAILED, RuntimeError: no such kernel" in capsys.readouterr().out
