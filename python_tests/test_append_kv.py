@@ -73,6 +73,18 @@ def test_bit_for_bit(backend: Backend, layout: str, cache_dtype: torch.dtype | N
         assert not numerics.bitwise_equal(our_k, caches[0])
 
 
+def test_int8_is_rounded_once(backend: Backend) -> None:
+    """-100.5000001 is nearer to -101; by way of float32 it would be a tie and go to -100."""
+    if torch.float64 not in backend.dtypes:
+        pytest.skip(f"{backend.name} has no float64")
+    k = torch.tensor([-100.5000001, 10.5000001, 41.4999999, 42.5, 43.5, 0.0, 127.4, 900.0], dtype=torch.float64)
+    k = k.view(1, 1, 1, 8).to(backend.device)
+    caches = tuple(filled((1, 2, 1, 8), torch.int8, backend.device) for _ in range(2))
+    backend.ops.append_kv(k, k, *caches, seqused_k=int32(backend, [0]))
+    for cache in caches:
+        assert cache[0, 0, 0].tolist() == [-101, 11, 41, 42, 44, 0, 127, 127]
+
+
 @settings(max_examples=25)
 @given(data=st.data())
 def test_packed_and_random(backend: Backend, data: st.DataObject) -> None:

@@ -231,17 +231,19 @@ def test_v2_is_a_difference_of_neighbouring_heads(backend: Backend) -> None:
 def test_layers_share_paired_keys_and_values(backend: Backend) -> None:
     """Two cross layers over one SharedKV: values, and gradients of k and v summed over the layers."""
     tensors = attention_inputs(backend, torch.float32)
-    k, v = (tensors[name].requires_grad_() for name in ("k", "v"))
-    queries = [torch.randn_like(tensors["q"]).requires_grad_() for _ in range(2)]
-    ups = [torch.randn(2, 37, 4, 64, device=backend.device) for _ in range(2)]
-    rest = {"lam": tensors["lam"], "weight": tensors["weight"], "lambda_init": 0.3}
-    shared = yoco_ext_shared(backend, k, v)
-    outputs = [backend.ops.differential_cross_attention(q, shared, **rest) for q in queries]
-    ours = torch.autograd.grad(outputs, (k, v, *queries), ups)
-    expected = [reference.differential_attention(q, k, v, **rest) for q in queries]
-    theirs = torch.autograd.grad(expected, (k, v, *queries), ups)
-    for a, b in zip((*outputs, *ours), (*expected, *theirs), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    tensors["first"] = tensors.pop("q")
+    tensors["second"] = torch.randn_like(tensors["first"])
+
+    def shared_layers(first, second, k, v, **rest):
+        shared = yoco_ext_shared(backend, k, v)
+        return tuple(backend.ops.differential_cross_attention(q, shared, **rest) for q in (first, second))
+
+    def layers(first, second, k, v, **rest):
+        return tuple(reference.differential_attention(q, k, v, **rest) for q in (first, second))
+
+    numerics.compare(
+        shared_layers, layers, tensors, wanted=["first", "second", "k", "v"], length=37 * 37 * 32, lambda_init=0.3
+    )
 
 
 def yoco_ext_shared(backend: Backend, k, v):

@@ -136,11 +136,15 @@ YOCO_INLINE void from_float(float x, Float16* out) {
 }
 
 // Quantised stores saturate; int8 has no NaN, so it stores 0.
-YOCO_INLINE void from_float(float x, int8_t* out) {
-  x = x > 127.0f ? 127.0f : (x < -127.0f ? -127.0f : x);
-  const float nearest = (x + 0x1.8p23f) - 0x1.8p23f;  // the adder rounds to even
-  *out = x != x ? int8_t{0} : static_cast<int8_t>(nearest);
+template <class C>
+YOCO_INLINE int8_t nearest_int8(C x) {
+  constexpr C kMagic = std::is_same_v<C, double> ? C(0x1.8p52) : C(0x1.8p23);
+  x = x > C{127} ? C{127} : (x < C{-127} ? C{-127} : x);
+  const C nearest = (x + kMagic) - kMagic;  // the adder rounds to even
+  return x != x ? int8_t{0} : static_cast<int8_t>(nearest);
 }
+YOCO_INLINE void from_float(float x, int8_t* out) { *out = nearest_int8(x); }
+YOCO_INLINE void from_float(double x, int8_t* out) { *out = nearest_int8(x); }  // rounded once, not by way of float
 
 YOCO_INLINE void from_float(float x, Float8* out) {
   const uint32_t sign = (bit_cast<uint32_t>(x) >> 24) & 0x80u;
