@@ -63,22 +63,26 @@ def attention(dim: int, time: int = 512) -> Iterator[Counted]:
         )
 
 
-def retention(dim: int, time: int = 2048) -> Iterator[Counted]:
+def retention(dim: int, time: int = 2048, rotary: bool = False) -> Iterator[Counted]:
     """One head, chunks of 64: products with the state, its update, and the lower triangles."""
     q, k, v, d_o = (randn(1, time, 1, dim) for _ in range(4))
     g = torch.nn.functional.logsigmoid(torch.randn(1, time, 1)) / 16
     raw = torch.ops.yoco_ext
     flops = time * (4 * dim * dim + 65 * 2 * dim)
     inputs = (q, k, v, g, None, None, dim**-0.5)
-    shape = f"T {time}, D {dim}"
+    shape = f"T {time}, D {dim}{', rotary' if rotary else ''}"
+    rotation = (0.0, torch.rand(dim // 2), None, False) if rotary else ()
     yield Counted(
-        f"retention forward, {shape}", flops, 4 * size(q) + size(g), lambda: raw.gated_retention(*inputs, False)
+        f"retention forward, {shape}",
+        flops,
+        4 * size(q) + size(g),
+        lambda: raw.gated_retention(*inputs, False, *rotation),
     )
     yield Counted(
         f"retention backward, {shape}",
         time * (10 * dim * dim + 5 * 65 * dim),  # two states updated, three products with them; five triangles
         7 * size(q) + 2 * size(g),
-        lambda: raw.gated_retention_backward(d_o, None, *inputs),
+        lambda: raw.gated_retention_backward(d_o, None, *inputs, *rotation),
     )
 
 
@@ -162,6 +166,7 @@ def cases() -> Iterator[Counted]:
         yield from attention(dim)
     for dim in (64, 128, 256):
         yield from retention(dim)
+    yield from retention(128, rotary=True)
     for tokens in (1, 16):
         yield from step(tokens)
     for dim, heads in ((64, (8, 4)), (128, (24, 8)), (256, (8, 4))):

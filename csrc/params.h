@@ -22,6 +22,14 @@ struct View {
   int64_t head_stride = 0;
 };
 
+// q and k rotated by their positions as a kernel loads them; their gradients are those of q and k as given.
+struct RotaryOnLoad {
+  const float* inv_freq;   // [dim / 2], or null: q and k are taken as they are
+  const int32_t* offsets;  // [num_sequences]: position of each sequence's first token, or null (0)
+  int64_t dim;             // of the components that turn; those behind pass through
+  bool interleaved;        // pairs (2i, 2i + 1), else (i, i + dim / 2)
+};
+
 // ---- gated retention
 // S_t = exp(g_t) S_{t-1} + k_t^T v_t,  o_t = scale * q_t S_t.  State dtype: float32 (float64 for float64 inputs).
 // gate_normalizer > 0: g holds logits x, the log decay is logsigmoid(x) / gate_normalizer, and dg is the gradient of x.
@@ -39,6 +47,7 @@ struct RetentionParams {
   View g;                     // [batch, time, heads]: log decay <= 0, or logits
   const void* initial_state;  // [num_sequences, heads, dim_k, dim_v] contiguous, or null (zero)
   void* final_state;          // same shape, or null (not wanted)
+  RotaryOnLoad rotary;        // of q and k; states belong to the rotated k
   void* workspace;            // *_workspace(params) bytes, 256-byte aligned; contents undefined
 };
 
@@ -59,6 +68,7 @@ struct RetentionStepParams {
   double scale, gate_normalizer;
   View q, k, v, o, g;
   void* state;  // [batch, heads, dim_k, dim_v] contiguous, in and out
+  RotaryOnLoad rotary;
 };
 
 // ---- attention
@@ -308,6 +318,6 @@ struct KernelTable {
   size_t (*pair_norm_backward_workspace)(const PairNormBackwardParams&, const Launch&);
 };
 
-constexpr int32_t kKernelTableVersion = 3;
+constexpr int32_t kKernelTableVersion = 4;
 
 }  // namespace yoco

@@ -110,9 +110,28 @@ def test_gated_retention(make, engine):
     check(function, *inputs, engine=engine, exact=False)
 
 
-def test_step_updates_the_state(make):
+@ENGINES
+def test_gated_retention_with_rotary(make, engine, backend):
+    inv_freq = torch.rand(8, device=backend.device)
+
+    def function(q, k, v, x, offsets):
+        return ops.gated_retention(q, k, v, -x.square(), inv_freq=inv_freq, offsets=offsets, interleaved=True)
+
+    offsets = torch.tensor([0, 70], dtype=torch.int32, device=backend.device)
+    inputs = make(2, 9, 3, 16), make(2, 9, 3, 16), make(2, 9, 3, 8), make(2, 9, 3), offsets
+    check(function, *inputs, engine=engine, exact=False)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_step_updates_the_state(make, backend, rotary):
+    inv_freq = torch.rand(8, device=backend.device)
+    options = {"inv_freq": inv_freq, "offsets": 5} if rotary else {}
+
+    def function(q, k, v, g, state):
+        return ops.gated_retention_step(q, k, v, g, state, **options)
+
     inputs = [make(2, 3, 2, 16, grad=False) for _ in range(3)]
-    check(ops.gated_retention_step, *inputs, -torch.rand_like(inputs[0][..., 0]), make(2, 2, 16, 16, grad=False))
+    check(function, *inputs, -torch.rand_like(inputs[0][..., 0]), make(2, 2, 16, 16, grad=False))
 
 
 def test_append_and_decode(make, backend):

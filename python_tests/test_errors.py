@@ -110,6 +110,13 @@ CASES: list[tuple[str, Change, str]] = [
         r"initial_state.*float16.*float32",
     ),
     ("gated_retention", lambda i, a: {"cu_seqlens": i.ints(0, 3)}, r"cu_seqlens.*batch 2.*batch 1"),
+    ("gated_retention", lambda i, a: {"inv_freq": i.random(9)}, r"inv_freq.*9.*1 to 8"),
+    ("gated_retention", lambda i, a: {"inv_freq": i.random(8).double()}, r"inv_freq.*float64.*float32"),
+    ("gated_retention", lambda i, a: {"inv_freq": i.random(8), "offsets": i.ints(1)}, r"offsets.*\[1\].*sequences"),
+    ("gated_retention", lambda i, a: {"inv_freq": i.random(8), "offsets": -1}, r"offsets.*-1"),
+    ("gated_retention", lambda i, a: {"offsets": i.ints(1, 2)}, r"offsets.*without inv_freq"),
+    ("gated_retention_step", lambda i, a: {"inv_freq": i.random(2, 4)}, r"inv_freq.*\[rotary_dim / 2\]"),
+    ("gated_retention_step", lambda i, a: {"offsets": 3}, r"offsets.*without inv_freq"),
     ("gated_retention_step", lambda i, a: {"state": a["state"].half()}, r"state.*float16.*float32"),
     ("gated_retention_step", lambda i, a: {"state": i.random(2, 4, 8, 16).transpose(2, 3)}, r"state.*contiguous"),
     ("gated_retention_step", lambda i, a: {n: torch.cat([a[n]] * 6, 1) for n in "qkvg"}, r"18 tokens"),
@@ -166,6 +173,8 @@ CONTENTS: list[tuple[str, Change, str]] = [
     ("append_kv", lambda i, a: {"seqused_k": i.ints(0, 5)}, r"sequence 1.*10.*9|seqused_k\[1\].*5.*0 to 4"),
     ("append_kv", lambda i, a: {"seqused_k": i.ints(-1, 0)}, r"seqused_k.*-1"),
     ("append_kv", lambda i, a: {"block_table": i.ints([0], [-1])}, r"block_table.*-1"),
+    ("gated_retention", lambda i, a: {"inv_freq": i.random(8), "offsets": i.ints(0, -1)}, r"offsets.*-1"),
+    ("gated_retention_step", lambda i, a: {"inv_freq": i.random(8), "offsets": i.ints(-7, 0)}, r"offsets.*-7"),
     ("rotary", lambda i, a: {"inv_freq": None, "cos": i.random(4, 8), "sin": i.random(4, 8), "offsets": 2}, r"4.*5"),
 ]
 

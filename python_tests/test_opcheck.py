@@ -99,6 +99,9 @@ def retention_inputs(make, ints, case, grad=True):
 def test_gated_retention(make, ints, case, final):
     opcheck(ops.gated_retention, (*retention_inputs(make, ints, case), final))
     opcheck(ops.gated_retention, (*retention_inputs(make, ints, case), final, 16.0))  # gates as logits
+    offsets = ints(0, 7, 9) if case == "packed" else ints(0, 7)
+    for rotation in ((make(4, grad=False).abs(), offsets, True), (make(3, grad=False).abs(), None, False)):
+        opcheck(ops.gated_retention, (*retention_inputs(make, ints, case), final, 0.0, *rotation))
 
 
 @pytest.mark.parametrize("case", ["plain", "state", "packed"])
@@ -108,12 +111,15 @@ def test_gated_retention_backward(make, ints, case):
     opcheck(ops.gated_retention_backward, (torch.randn_like(o), torch.randn_like(state), *inputs))
     opcheck(ops.gated_retention_backward, (torch.randn_like(o), None, *inputs))
     opcheck(ops.gated_retention_backward, (torch.randn_like(o), torch.randn_like(state), *inputs, 16.0))
+    rotation = make(4, grad=False).abs(), ints(0, 7, 9) if case == "packed" else ints(0, 7), False
+    opcheck(ops.gated_retention_backward, (torch.randn_like(o), None, *inputs, 0.0, *rotation))
 
 
 def test_gated_retention_step(make, ints):
     q, k, v, g, state, _, scale = retention_inputs(make, ints, "state", grad=False)
     opcheck(ops.gated_retention_step, (q, k, v, g, state, scale))
     opcheck(ops.gated_retention_step, (q, k, v, g, state, scale, 16.0))
+    opcheck(ops.gated_retention_step, (q, k, v, g, state, scale, 0.0, make(4, grad=False).abs(), ints(3, 9), True))
 
 
 @pytest.mark.parametrize("paged", [True, False])

@@ -158,6 +158,14 @@ def _state(argument: str, state: Any, shape: Sequence[int], q: Tensor) -> None:
     _device(argument, state, q)
 
 
+def _rotary_on_load(inv_freq: Tensor | None, offsets: Tensor | int | None, sequences: int, dim: int, q: Tensor) -> None:
+    if inv_freq is not None:
+        _inv_freq(inv_freq, dim, q)
+        _offsets(offsets, sequences, q)
+    elif offsets is not None:
+        fail("offsets", _describe(offsets), "None without inv_freq (they are the positions to rotate by)")
+
+
 def gated_retention(
     q: Tensor,
     k: Tensor,
@@ -167,21 +175,33 @@ def gated_retention(
     initial_state: Tensor | None,
     cu: Tensor | None,
     normalizer: float | None = None,
+    inv_freq: Tensor | None = None,
+    offsets: Tensor | int | None = None,
 ) -> int:
     """Returns the number of sequences."""
     batch, _, heads, dim_k, dim_v = _retention_tensors(q, k, v, g, normalizer)
     _number("scale", scale)
     sequences = batch if cu is None else cu_seqlens("cu_seqlens", cu, batch, q)
+    _rotary_on_load(inv_freq, offsets, sequences, dim_k, q)
     if initial_state is not None:
         _state("initial_state", initial_state, (sequences, heads, dim_k, dim_v), q)
     return sequences
 
 
 def gated_retention_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float | None, normalizer: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    scale: float | None,
+    normalizer: float | None = None,
+    inv_freq: Tensor | None = None,
+    offsets: Tensor | int | None = None,
 ) -> None:
     batch, time, heads, dim_k, dim_v = _retention_tensors(q, k, v, g, normalizer)
     _number("scale", scale)
+    _rotary_on_load(inv_freq, offsets, batch, dim_k, q)
     if not 1 <= time <= MAX_STEP_TOKENS:
         fail("q", f"{time} tokens", f"1 to {MAX_STEP_TOKENS} tokens; gated_retention takes any number")
     _state("state", state, (batch, heads, dim_k, dim_v), q)
@@ -444,6 +464,13 @@ def _inv_freq(inv_freq: Any, dim: int, like: Tensor) -> None:
         fail("inv_freq", f"strides {list(inv_freq.stride())}", "a contiguous tensor")
 
 
+def _offsets(offsets: Tensor | int | None, sequences: int, like: Tensor) -> None:
+    if isinstance(offsets, Tensor):
+        _int32("offsets", offsets, (sequences,), "[sequences]", like)
+    elif offsets is not None and (isinstance(offsets, (bool, float, str)) or offsets < 0):
+        fail("offsets", repr(offsets), "None, an integer >= 0 or an int32 tensor [sequences]")
+
+
 def _weight(weight: Tensor | None, dim: int, name: str, like: Tensor) -> None:
     """A weight [dim] in the dtype of `like`, which is called `name`, or in float32."""
     if weight is None:
@@ -504,10 +531,7 @@ def rotary(
                 fail(name, f"{table.shape[1]} frequencies", f"1 to {x.shape[3] // 2} (half the head dimension)")
             _device(name, table, x)
     sequences = x.shape[0] if cu is None else cu_seqlens("cu_seqlens", cu, x.shape[0], x)
-    if isinstance(offsets, Tensor):
-        _int32("offsets", offsets, (sequences,), "[sequences]", x)
-    elif offsets is not None and (isinstance(offsets, (bool, float, str)) or offsets < 0):
-        fail("offsets", repr(offsets), "None, an integer >= 0 or an int32 tensor [sequences]")
+    _offsets(offsets, sequences, x)
     return sequences
 
 

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cmath>
 
-#include "retention_matrix.h"
+#include "retention_rotary.h"
 
 namespace yoco::cpu::YOCO_ISA {
 namespace {
@@ -20,20 +20,23 @@ YOCO_INLINE int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by;
 
 struct Tokens {
   int64_t batch, begin, length;
+  int64_t position;  // of the first one, for rotary
 };
 
 // cu_seqlens is clamped into the tensors: a wrong entry gives a wrong sequence, never a wrong address.
 inline Tokens sequence_tokens(const RetentionParams& p, int64_t n) {
-  if (p.cu_seqlens == nullptr) return {n, 0, p.time};
+  const int64_t position = p.rotary.offsets == nullptr ? 0 : p.rotary.offsets[n];
+  if (p.cu_seqlens == nullptr) return {n, 0, p.time, position};
   const int64_t begin = std::clamp<int64_t>(p.cu_seqlens[n], 0, p.time);
   const int64_t end = std::clamp<int64_t>(p.cu_seqlens[n + 1], begin, p.time);
-  return {0, begin, end - begin};
+  return {0, begin, end - begin, position};
 }
 
 // Chunk c of a sequence.
 inline Tokens chunk_tokens(const Tokens& sequence, int64_t c) {
   const int64_t begin = c * kChunk;
-  return {sequence.batch, sequence.begin + begin, std::min<int64_t>(kChunk, sequence.length - begin)};
+  return {sequence.batch, sequence.begin + begin, std::min<int64_t>(kChunk, sequence.length - begin),
+          sequence.position + begin};
 }
 
 template <class T>
@@ -201,19 +204,23 @@ void load_decay(Decay<C>& d, const View& g, const Tokens& tokens, int64_t head, 
 
 // ---- rows of tensors
 
-// [length][dim] of a tensor as `rows` x `width` elements, zero where the tensor has nothing.
+// [length][dim] of a tensor as `rows` x `width` elements, zero where the tensor has nothing. With a rotation of this
+// chunk: turned.
 template <class Ops, class T>
 Rows<typename Ops::Element> load_rows(Arena& arena, const View& view, const Tokens& tokens, int64_t head, int64_t dim,
-                                      int64_t rows, int64_t width) {
+                                      int64_t rows, int64_t width,
+                                      const ChunkRotation<typename Ops::Compute>* rotation = nullptr) {
   using E = typename Ops::Element;
   const Rows<E> to = take_rows<E>(arena, rows, width);
   const T* from = element<T>(view, tokens.batch, tokens.begin, head);
+  const int64_t turned = rotation == nullptr ? 0 : rotation->dim();
   for (int64_t i = 0; i < tokens.length; ++i, from += view.time_stride) {
     E* row = to.row(i);
+    if (turned > 0) rotation->template turn<false>(from, row, i);
     if constexpr (std::is_same_v<T, E>) {
-      std::memcpy(row, from, static_cast<size_t>(dim) * sizeof(E));
+      std::memcpy(row + turned, from + turned, static_cast<size_t>(dim - turned) * sizeof(E));
     } else {
-      for_each_vector<E>(dim, [&](auto io) { io.store(row, io.load(from)); });
+      for_each_vector<E>(dim - turned, [&](auto io) { io.store(row + turned, io.load(from + turned)); });
     }
     for (int64_t j = dim; j < width; ++j) row[j] = E{};
   }
@@ -221,12 +228,16 @@ Rows<typename Ops::Element> load_rows(Arena& arena, const View& view, const Toke
   return to;
 }
 
+// With a rotation of this chunk: turned back.
 template <class C, class T>
-void store_rows(const View& view, const Tokens& tokens, int64_t head, int64_t dim, Rows<C> x) {
+void store_rows(const View& view, const Tokens& tokens, int64_t head, int64_t dim, Rows<C> x,
+                const ChunkRotation<C>* rotation = nullptr) {
   T* to = element<T>(view, tokens.batch, tokens.begin, head);
+  const int64_t turned = rotation == nullptr ? 0 : rotation->dim();
   for (int64_t i = 0; i < tokens.length; ++i, to += view.time_stride) {
     const C* row = x.row(i);
-    for_each_vector<C>(dim, [&](auto io) { io.store(to, io.load(row)); });
+    if (turned > 0) rotation->template turn<true>(row, to, i);
+    for_each_vector<C>(dim - turned, [&](auto io) { io.store(to + turned, io.load(row + turned)); });
   }
 }
 

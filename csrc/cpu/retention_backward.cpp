@@ -37,6 +37,7 @@ class Backward {
         dim_v_(round_up(p.dim_v, Ops::kStep)),
         ld_(dim_k_ + kRowPadBytes / static_cast<int64_t>(sizeof(C))),
         state_size_(dim_v_ * ld_),
+        chunk_tokens_(std::min<int64_t>(kChunk, p.time)),
         segment_(segment_chunks(p.num_sequences * p.heads, state_size_ * static_cast<int64_t>(sizeof(C)))) {}
 
   const char* run() {
@@ -80,13 +81,15 @@ class Backward {
  private:
   // What a thread owns.
   struct Thread {
-    explicit Thread(const Backward& b) : arena(thread_memory(b.arena_bytes()), b.arena_bytes()) {
+    explicit Thread(const Backward& b)
+        : arena(thread_memory(b.arena_bytes()), b.arena_bytes()), rotation(b.p_.rotary, b.chunk_tokens_, arena) {
       decay = arena.take<Decay<C>>(1);
       for (Rows<C>* s : {&sum, &local, &d_state}) *s = b.matrix(arena.take<C>(b.state_size_));
       before = arena.take<C>(b.segment_ * b.state_size_);
     }
     MatrixScope scope;
     Arena arena;
+    ChunkRotation<C> rotation;
     Decay<C>* decay;
     Rows<C> sum;             // running over segments
     Rows<C> local, d_state;  // dS = carry * after + local
@@ -96,7 +99,8 @@ class Backward {
   size_t arena_bytes() const {
     const int64_t width = std::max<int64_t>({dim_k_, dim_v_, kChunk}) + kRowPadBytes;
     return sizeof(Decay<C>) + 16384 +
-           sizeof(C) * static_cast<size_t>((segment_ + 6) * state_size_ + 28 * kChunk * width);
+           sizeof(C) * static_cast<size_t>((segment_ + 6) * state_size_ + 28 * kChunk * width) +
+           ChunkRotation<C>::bytes(p_.rotary, chunk_tokens_);
   }
 
   Rows<C> matrix(C* data) const { return {data, ld_}; }
@@ -161,8 +165,9 @@ class Backward {
     const size_t mark = t.arena.mark();
     const Tokens tokens = chunk_tokens(sequence, c);
     const int64_t rows = round_up(tokens.length, Ops::kStep);
+    t.rotation.start(tokens.position, tokens.length);
     load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), static_cast<C>(p_.gate_normalizer), false);
-    const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_);
+    const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_, &t.rotation);
     const Rows<E> v = load_rows<Ops, T>(t.arena, p_.v, tokens, head, p_.dim_v, rows, dim_v_);
     const Left vt = Ops::left_transposed(t.arena, v, rows, dim_v_);
     scale_rows(to, t.decay->total, dim_v_, dim_k_);
@@ -176,8 +181,9 @@ class Backward {
     const size_t mark = t.arena.mark();
     const Tokens tokens = chunk_tokens(sequence, c);
     const int64_t rows = round_up(tokens.length, Ops::kStep);
+    t.rotation.start(tokens.position, tokens.length);
     load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), static_cast<C>(p_.gate_normalizer), false);
-    const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_);
+    const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_, &t.rotation);
     const Rows<E> d_o = load_rows<Ops, T>(t.arena, p_.d_o, tokens, head, p_.dim_v, rows, dim_v_);
     scale_rows(to, t.decay->total, dim_v_, dim_k_);
     add_queries(t, d_o, q, rows, to);
@@ -267,10 +273,11 @@ class Backward {
     const size_t mark = t.arena.mark();
     constexpr int64_t step = Ops::kStep;
     const int64_t rows = round_up(tokens.length, step);
+    t.rotation.start(tokens.position, tokens.length);
     const Decay<C>& decay = *t.decay;
     load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), static_cast<C>(p_.gate_normalizer), true);
-    const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_);
-    const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_);
+    const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_, &t.rotation);
+    const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_, &t.rotation);
     const Rows<E> v = load_rows<Ops, T>(t.arena, p_.v, tokens, head, p_.dim_v, rows, dim_v_);
     const Rows<E> d_o = load_rows<Ops, T>(t.arena, p_.d_o, tokens, head, p_.dim_v, rows, dim_v_);
     current_d_state(t, after, carry);
@@ -302,7 +309,7 @@ class Backward {
       for (int64_t r = 0; r < rows; r += step) {
         Ops::multiply(out.row(r), out.ld, Ops::left(d_p_rows).at(r, 0), k_right, step, dim_k_, r + step, true);
       }
-      store_rows<C, T>(p_.dq, tokens, head, p_.dim_k, out);
+      store_rows<C, T>(p_.dq, tokens, head, p_.dim_k, out, &t.rotation);
       t.arena.release(inner);
     }
     {
@@ -311,7 +318,7 @@ class Backward {
       finish_rows(out, decay.to_end, k, rows, dim_k_, sums.row_to_state);
       const Right q_right = Ops::right(t.arena, q, rows, dim_k_);
       add_from_later_rows(t, out, d_p, q_right, rows, dim_k_);
-      store_rows<C, T>(p_.dk, tokens, head, p_.dim_k, out);
+      store_rows<C, T>(p_.dk, tokens, head, p_.dim_k, out, &t.rotation);
       t.arena.release(inner);
     }
     {
@@ -434,7 +441,8 @@ class Backward {
   const Launch& launch_;
   const int64_t dim_k_, dim_v_;  // padded
   const int64_t ld_, state_size_;
-  const int64_t segment_;  // chunks
+  const int64_t chunk_tokens_;  // at most
+  const int64_t segment_;       // chunks
   int64_t pieces_ = 0;
   Segment* segments_ = nullptr;
   C *carry_ = nullptr, *d_carry_ = nullptr;  // exp of the sum of g over a segment, summed forwards and backwards

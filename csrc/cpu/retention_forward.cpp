@@ -25,7 +25,8 @@ class Forward {
         launch_(launch),
         dim_k_(round_up(p.dim_k, Ops::kStep)),
         dim_v_(round_up(p.dim_v, Ops::kStep)),
-        state_size_(dim_k_ * (dim_v_ + kRowPadBytes / static_cast<int64_t>(sizeof(C)))) {}
+        state_size_(dim_k_ * (dim_v_ + kRowPadBytes / static_cast<int64_t>(sizeof(C)))),
+        chunk_tokens_(std::min<int64_t>(kChunk, p.time)) {}
 
   const char* run() {
     zero_rest<T>(p_, p_.o, p_.dim_v);
@@ -42,20 +43,23 @@ class Forward {
  private:
   // What a thread owns.
   struct Thread {
-    explicit Thread(const Forward& f) : arena(thread_memory(f.arena_bytes()), f.arena_bytes()) {
+    explicit Thread(const Forward& f)
+        : arena(thread_memory(f.arena_bytes()), f.arena_bytes()), rotation(f.p_.rotary, f.chunk_tokens_, arena) {
       decay = arena.take<Decay<C>>(1);
       start = take_rows<C>(arena, f.dim_k_, f.dim_v_);
       local = take_rows<C>(arena, f.dim_k_, f.dim_v_);
     }
     MatrixScope scope;
     Arena arena;
+    ChunkRotation<C> rotation;
     Decay<C>* decay;
     Rows<C> start, local;
   };
 
   size_t arena_bytes() const {
     const int64_t width = std::max<int64_t>({dim_k_, dim_v_, kChunk}) + kRowPadBytes;
-    return sizeof(Decay<C>) + 4096 + sizeof(C) * static_cast<size_t>(3 * state_size_ + 12 * kChunk * width);
+    return sizeof(Decay<C>) + 4096 + sizeof(C) * static_cast<size_t>(3 * state_size_ + 12 * kChunk * width) +
+           ChunkRotation<C>::bytes(p_.rotary, chunk_tokens_);
   }
 
   const C* initial_state(int64_t n, int64_t head) const {
@@ -150,7 +154,8 @@ class Forward {
       const int64_t rows = round_up(tokens.length, Ops::kStep);
       load_decay<C, G>(*t.decay, p_.g, tokens, head, static_cast<C>(p_.scale), static_cast<C>(p_.gate_normalizer),
                        outputs);
-      const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_);
+      t.rotation.start(tokens.position, tokens.length);
+      const Rows<E> k = load_rows<Ops, T>(t.arena, p_.k, tokens, head, p_.dim_k, rows, dim_k_, &t.rotation);
       const Rows<E> v = load_rows<Ops, T>(t.arena, p_.v, tokens, head, p_.dim_v, rows, dim_v_);
       const Right kt = Ops::right_transposed(t.arena, k, rows, dim_k_);
       if (outputs) {
@@ -173,7 +178,7 @@ class Forward {
     const size_t mark = t.arena.mark();
     const Decay<C>& decay = *t.decay;
     const bool has_state = state.data != nullptr;
-    const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_);
+    const Rows<E> q = load_rows<Ops, T>(t.arena, p_.q, tokens, head, p_.dim_k, rows, dim_k_, &t.rotation);
     const Left q_left = Ops::left(q);
     const Rows<C> scores = take_rows<C>(t.arena, kChunk, kChunk);
     const Rows<E> weights = take_rows<E>(t.arena, kChunk, kChunk);
@@ -208,8 +213,8 @@ class Forward {
     for (int64_t j = tokens.length - 1; j > 0; --j) {
       if (finite(k.row(j), 1, dim_k_, 0) && finite(v.row(j), 1, dim_v_, 0)) continue;
       const size_t mark = t.arena.mark();
-      const Tokens before{tokens.batch, tokens.begin, j};
-      const Rows<E> k_before = load_rows<Ops, T>(t.arena, p_.k, before, head, p_.dim_k, rows, dim_k_);
+      const Tokens before{tokens.batch, tokens.begin, j, tokens.position};
+      const Rows<E> k_before = load_rows<Ops, T>(t.arena, p_.k, before, head, p_.dim_k, rows, dim_k_, &t.rotation);
       const Rows<E> v_before = load_rows<Ops, T>(t.arena, p_.v, before, head, p_.dim_v, rows, dim_v_);
       output(t, before, head, rows, Ops::right_transposed(t.arena, k_before, rows, dim_k_), v_before, state);
       t.arena.release(mark);
@@ -253,6 +258,7 @@ class Forward {
   const Launch& launch_;
   const int64_t dim_k_, dim_v_;  // padded
   const int64_t state_size_;     // elements of a padded state
+  const int64_t chunk_tokens_;   // at most
 };
 
 }  // namespace

@@ -36,6 +36,19 @@ class Step {
   }
 
  private:
+  // The components of q and k that turn with the token's position; returns how many.
+  int64_t rotate(int64_t batch, int64_t t, const T* q_row, const T* k_row, C* q, C* k) const {
+    const RotaryOnLoad& r = p_.rotary;
+    if (r.inv_freq == nullptr) return 0;
+    C cos[128], sin[128], factors[256], cross[256];
+    const int64_t pairs = r.dim / 2;
+    token_angles(t + (r.offsets == nullptr ? 0 : r.offsets[batch]), r.inv_freq, pairs, cos, sin);
+    arrange_angles(cos, sin, pairs, r.interleaved, factors, cross);
+    rotate_row(q_row, q, pairs, r.interleaved, factors, cross);
+    rotate_row(k_row, k, pairs, r.interleaved, factors, cross);
+    return r.dim;
+  }
+
   void columns(int64_t batch, int64_t head, int64_t first) {
     const int64_t last = std::min<int64_t>(first + kVectors * kLanes<C>, p_.dim_v);
     int64_t t = 0;
@@ -52,9 +65,11 @@ class Step {
       const T* q_row = element<T>(p_.q, batch, t + i, head);
       const T* k_row = element<T>(p_.k, batch, t + i, head);
       const C scale = static_cast<C>(p_.scale);
-      for_each_vector<C>(p_.dim_k, [&](auto io) {
-        io.store(q[i], scale * io.load(q_row));
-        io.store(k[i], io.load(k_row));
+      const int64_t turned = rotate(batch, t + i, q_row, k_row, q[i], k[i]);
+      for_each_vector<C>(turned, [&](auto io) { io.store(q[i], scale * io.load(q[i])); });
+      for_each_vector<C>(p_.dim_k - turned, [&](auto io) {
+        io.store(q[i] + turned, scale * io.load(q_row + turned));
+        io.store(k[i] + turned, io.load(k_row + turned));
       });
       double g = static_cast<double>(to_float(*element<G>(p_.g, batch, t + i, head)));
       if (p_.gate_normalizer > 0) g = (std::min(g, 0.0) - std::log1p(std::exp(-std::abs(g)))) / p_.gate_normalizer;

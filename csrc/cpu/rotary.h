@@ -70,17 +70,19 @@ YOCO_INLINE Vec<C> swap_neighbours(Vec<C> v) {
   return __builtin_shuffle(v, other);
 }
 
-// One head of one token; x and y may be the same row.
-template <class C, class In, class Out>
+// One head of one token; x and y may be the same row. kInverse: by the negative angle.
+template <class C, class In, class Out, bool kInverse = false>
 YOCO_INLINE void rotate_row(const In* x, Out* y, int64_t pairs, bool interleaved, const C* factors, const C* cross) {
   if (interleaved) {
     for_each_vector<C>(2 * pairs, [&](auto io) {
       const Vec<C> v = io.load(x);
-      io.store(y, v * io.load(factors) + swap_neighbours<C>(v) * io.load(cross));
+      const Vec<C> crossed = swap_neighbours<C>(v) * io.load(cross);
+      io.store(y, kInverse ? v * io.load(factors) - crossed : v * io.load(factors) + crossed);
     });
   } else {
     for_each_vector<C>(pairs, [&](auto io) {
-      const Vec<C> a = io.load(x), b = io.load(x + pairs), c = io.load(factors), s = io.load(cross);
+      const Vec<C> a = io.load(x), b = io.load(x + pairs), c = io.load(factors);
+      const Vec<C> s = kInverse ? -io.load(cross) : io.load(cross);
       io.store(y, a * c - b * s);
       io.store(y + pairs, a * s + b * c);
     });

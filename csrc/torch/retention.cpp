@@ -8,7 +8,25 @@ struct Inputs {
   const Tensor &q, &k, &v, &g;
   const OptionalTensor &initial_state, &cu_seqlens;
   double scale, gate_normalizer;
+  const OptionalTensor &inv_freq, &offsets;
+  bool interleaved;
 };
+
+RotaryOnLoad rotary_on_load(const Inputs& in, const RetentionParams& p) {
+  if (!in.inv_freq) {
+    check(!in.offsets, "offsets are given without inv_freq; they are the positions that q and k are rotated by");
+    return {};
+  }
+  check(in.inv_freq->dim() == 1, "inv_freq has shape ", shape_of(*in.inv_freq), "; expected [rotary_dim / 2]");
+  const int64_t dim = 2 * in.inv_freq->size(0);
+  check(dim <= p.dim_k, "inv_freq has ", dim / 2, " entries; at most ", p.dim_k / 2,
+        " (half the dim of k) are allowed");
+  check_side_input(in.inv_freq, "inv_freq", {dim / 2}, ScalarType::Float, in.q);
+  check_side_input(in.offsets, "offsets", {p.num_sequences}, ScalarType::Int, in.q);
+  check_index_range(in.offsets, "offsets", 0, INT32_MAX, in.q);
+  if (dim == 0) return {};
+  return {data_or_null<float>(in.inv_freq), data_or_null<int32_t>(in.offsets), dim, in.interleaved};
+}
 
 // Shape of states, and everything of RetentionParams that forward and backward share.
 std::vector<int64_t> fill(const Inputs& in, RetentionParams& p) {
@@ -44,6 +62,7 @@ std::vector<int64_t> fill(const Inputs& in, RetentionParams& p) {
   p.q = view_of(q), p.k = view_of(in.k), p.v = view_of(in.v), p.g = view_of(in.g);
   p.initial_state = data_or_null<void>(in.initial_state);
   p.final_state = nullptr;
+  p.rotary = rotary_on_load(in, p);
   p.workspace = nullptr;
   return state_shape;
 }
@@ -52,9 +71,12 @@ std::vector<int64_t> fill(const Inputs& in, RetentionParams& p) {
 
 std::tuple<Tensor, Tensor> gated_retention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                                            const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
-                                           double scale, bool return_final_state, double gate_normalizer) {
+                                           double scale, bool return_final_state, double gate_normalizer,
+                                           const OptionalTensor& inv_freq, const OptionalTensor& offsets,
+                                           bool interleaved) {
   RetentionParams p{};
-  const auto state_shape = fill({q, k, v, g, initial_state, cu_seqlens, scale, gate_normalizer}, p);
+  const auto state_shape =
+      fill({q, k, v, g, initial_state, cu_seqlens, scale, gate_normalizer, inv_freq, offsets, interleaved}, p);
   const Backend backend = backend_for(q);
   Tensor o = empty(q, {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type());
   Tensor final_state = return_final_state ? empty(q, state_shape, accumulator_type(q)) : nothing(q);
@@ -68,9 +90,10 @@ std::tuple<Tensor, Tensor> gated_retention(const Tensor& q, const Tensor& k, con
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_retention_backward(
     const Tensor& d_o_given, const OptionalTensor& d_final_state, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& g, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, double scale,
-    double gate_normalizer) {
+    double gate_normalizer, const OptionalTensor& inv_freq, const OptionalTensor& offsets, bool interleaved) {
   RetentionBackwardParams p{};
-  const auto state_shape = fill({q, k, v, g, initial_state, cu_seqlens, scale, gate_normalizer}, p);
+  const auto state_shape =
+      fill({q, k, v, g, initial_state, cu_seqlens, scale, gate_normalizer, inv_freq, offsets, interleaved}, p);
   const Tensor d_o = with_contiguous_last(d_o_given);
   check_bthd(d_o, "d_o", {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type(), q, "q");
   const OptionalTensor d_state =
@@ -92,9 +115,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_retention_backward(
 }
 
 Tensor gated_retention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& state,
-                            double scale, double gate_normalizer) {
+                            double scale, double gate_normalizer, const OptionalTensor& inv_freq,
+                            const OptionalTensor& offsets, bool interleaved) {
   RetentionParams shared{};
-  const auto state_shape = fill({q, k, v, g, state, std::nullopt, scale, gate_normalizer}, shared);
+  const auto state_shape =
+      fill({q, k, v, g, state, std::nullopt, scale, gate_normalizer, inv_freq, offsets, interleaved}, shared);
   check(shared.time >= 1 && shared.time <= 16, "q has time ", shared.time,
         "; gated_retention_step takes 1 to 16 tokens, gated_retention any number");
   RetentionStepParams p{};
@@ -106,6 +131,7 @@ Tensor gated_retention_step(const Tensor& q, const Tensor& k, const Tensor& v, c
   Tensor o = empty(q, {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type());
   p.o = view_of(o);
   p.state = state.data_ptr();
+  p.rotary = shared.rotary;
   run(backend, "gated_retention_step", backend.table->retention_step, p);
   return o;
 }

@@ -13,15 +13,19 @@ namespace yoco {
   "Tensor? latent_end, int max_seqlen_q, int max_seqlen_k, float scale, int window_left, int window_right, " \
   "float softcap"
 
+// q and k rotated on load, see RotaryOnLoad of params.h.
+#define YOCO_ROTARY_ON_LOAD "Tensor? inv_freq=None, Tensor? offsets=None, bool interleaved=False"
+
 inline constexpr const char* kSchemas[] = {
   "gated_retention(" YOCO_RETENTION_INPUTS ", bool return_final_state, "
-    "float gate_normalizer=0.0) -> (Tensor o, Tensor final_state)",
+    "float gate_normalizer=0.0, " YOCO_ROTARY_ON_LOAD ") -> (Tensor o, Tensor final_state)",
   // gate_normalizer > 0: g holds logits, see params.h.
   // final_state gradient and initial_state may be absent; d_initial_state is empty unless initial_state was given.
   "gated_retention_backward(Tensor d_o, Tensor? d_final_state, " YOCO_RETENTION_INPUTS ", "
-    "float gate_normalizer=0.0) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor d_initial_state)",
+    "float gate_normalizer=0.0, " YOCO_ROTARY_ON_LOAD ")"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor d_initial_state)",
   "gated_retention_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, float scale, "
-    "float gate_normalizer=0.0) -> Tensor",
+    "float gate_normalizer=0.0, " YOCO_ROTARY_ON_LOAD ") -> Tensor",
 
   // window_left, window_right: -1 = unlimited; causal is window_right = 0.
   // deterministic is for the backward, which takes it from here.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .basic import DECODE_TOKENS, Layer, RotaryEmbedding
@@ -53,11 +55,11 @@ class GatedRetention(Layer):
         int32 [N] is how many tokens that was.
         """
         heads = (*x.shape[:2], self.num_heads, -1)
-        q = self.rotary(self.q_proj(x).view(heads), offsets=offsets, cu_seqlens=cu_seqlens)
-        k = self.rotary(self.k_proj(x).view(heads), offsets=offsets, cu_seqlens=cu_seqlens)
-        v = self.v_proj(x).view(heads)
+        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         gt = self.gt_proj(x)  # the kernels make the log decay of it, in float32
-        options = {"gate_logit_normalizer": self.gate_logit_normalizer}
+        options: dict[str, Any] = {"gate_logit_normalizer": self.gate_logit_normalizer}
+        if self.rotary.inv_freq is not None:  # q and k turn as the kernels load them
+            options |= {"inv_freq": self.rotary.inv_freq, "interleaved": self.rotary.interleaved, "offsets": offsets}
         if state is None:
             o = self.ops.gated_retention(q, k, v, gt, cu_seqlens=cu_seqlens, **options)
         elif cu_seqlens is None and x.shape[1] <= DECODE_TOKENS:

@@ -31,6 +31,9 @@ def gated_retention(
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     gate_logit_normalizer: float | None = None,
+    inv_freq: Tensor | None = None,
+    interleaved: bool = False,
+    offsets: Tensor | int | None = None,
 ) -> Any:
     """Linear attention with one decay per head and token: S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t.
 
@@ -48,6 +51,10 @@ def gated_retention(
         cu_seqlens: int32 [N + 1], boundaries of N packed sequences (then B = 1); tokens of no sequence give 0.
         gate_logit_normalizer: g holds logits x and the log decay is logsigmoid(x) / gate_logit_normalizer (Eq. 5 of the
             paper, tau there), computed in float32 inside the kernels, forward and backward.
+        inv_freq: float32 [rotary_dim / 2]: q and k are given unrotated and turned by their positions on load; their
+            gradients are those of the unrotated q and k. Equal to rotary(q), rotary(k) before the call, without a pass
+            over memory for each. States belong to the turned k, so they carry on with offsets.
+        interleaved, offsets: as in `rotary`; offsets count the tokens before the first one of each sequence.
 
     Returns:
         o [B, T, H, Dv], or (o, final_state).
@@ -57,7 +64,9 @@ def gated_retention(
         RuntimeError: cu_seqlens do not rise from 0 to at most T (CPU), or not supported by this back end.
     """
     q, k, v = autocast(q, k, v)
-    _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens, gate_logit_normalizer)
+    sequences = _checks.gated_retention(
+        q, k, v, g, scale, initial_state, cu_seqlens, gate_logit_normalizer, inv_freq, offsets
+    )
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     o, final_state = call(
@@ -72,6 +81,9 @@ def gated_retention(
         q.shape[3] ** -0.5 if scale is None else scale,
         return_final_state,
         gate_logit_normalizer or 0.0,
+        inv_freq,
+        _positions(offsets, sequences, q),
+        interleaved,
     )
     return (o, final_state) if return_final_state else o
 
@@ -85,24 +97,41 @@ def gated_retention_step(
     *,
     scale: float | None = None,
     gate_logit_normalizer: float | None = None,
+    inv_freq: Tensor | None = None,
+    interleaved: bool = False,
+    offsets: Tensor | int | None = None,
 ) -> Tensor:
     """gated_retention of 1 to 16 tokens with the state updated in place: the decoding step. No gradients.
 
     q, k [B, T, H, Dk], v [B, T, H, Dv], g [B, T, H], state [B, H, Dk, Dv] float32 (float64 for float64), contiguous.
+    inv_freq, interleaved, offsets: q and k are turned on load, offsets (int or int32 [B]) being the tokens so far.
     Returns o [B, T, H, Dv]. Same arguments, units and errors as gated_retention.
     """
     q, k, v = autocast(q, k, v)
-    _checks.gated_retention_step(q, k, v, g, state, scale, gate_logit_normalizer)
+    _checks.gated_retention_step(q, k, v, g, state, scale, gate_logit_normalizer, inv_freq, offsets)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return call(ops.gated_retention_step.default, False, q, k, v, g, state, scale, gate_logit_normalizer or 0.0)
+    rotation = inv_freq, _positions(offsets, q.shape[0], q), interleaved
+    gate = gate_logit_normalizer or 0.0
+    return call(ops.gated_retention_step.default, False, q, k, v, g, state, scale, gate, *rotation)
+
+
+def _positions(offsets: Tensor | int | None, sequences: int, q: Tensor) -> Tensor | None:
+    if offsets is None or isinstance(offsets, Tensor):
+        return offsets
+    return torch.full((sequences,), offsets, dtype=torch.int32, device=q.device) if offsets else None
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
+_DEFAULTS = (0.0, None, None, False)  # gate_normalizer, inv_freq, offsets, interleaved
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, g, initial_state, cu_seqlens, scale, return_final_state, *last = inputs
-    ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
-    ctx.scale = scale
-    ctx.gate_normalizer = last[0] if last else 0.0  # an argument left at its default does not come here
+    *tensors, scale, return_final_state, gate_normalizer, inv_freq, offsets, interleaved = (
+        *inputs,
+        *_DEFAULTS[len(inputs) - 8 :],  # arguments left at their defaults do not come here
+    )
+    ctx.save_for_backward(*tensors, inv_freq, offsets)
+    ctx.scale, ctx.gate_normalizer, ctx.interleaved = scale, gate_normalizer, interleaved
     if not return_final_state:
         ctx.mark_non_differentiable(output[1])  # empty
     ctx.set_materialize_grads(False)
@@ -111,10 +140,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_o is None and d_final_state is None:
         return (None,) * 5
-    tensors = ctx.saved_tensors
+    *tensors, inv_freq, offsets = ctx.saved_tensors
     if d_o is None:
         d_o = torch.zeros_like(tensors[2], memory_format=torch.contiguous_format)
-    gradients = ops.gated_retention_backward(d_o, d_final_state, *tensors, ctx.scale, ctx.gate_normalizer)
+    options = ctx.scale, ctx.gate_normalizer, inv_freq, offsets, ctx.interleaved
+    gradients = ops.gated_retention_backward(d_o, d_final_state, *tensors, *options)
     return tuple(d if need else None for d, need in zip(gradients, ctx.needs_input_grad[1:]))
 
 
@@ -134,8 +164,11 @@ def _fake(
     scale: float,
     return_final_state: bool,
     gate_normalizer: float = 0.0,
+    inv_freq: Tensor | None = None,
+    offsets: Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    sequences = _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens)
+    sequences = _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens, None, inv_freq, offsets)
     batch, time, heads, dim_k = q.shape
     o = q.new_empty((batch, time, heads, v.shape[3]))
     if not return_final_state:
@@ -155,6 +188,9 @@ def _fake_backward(
     cu_seqlens: Tensor | None,
     scale: float,
     gate_normalizer: float = 0.0,
+    inv_freq: Tensor | None = None,
+    offsets: Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, ...]:
     d_state = q.new_empty((0,)) if initial_state is None else initial_state.new_empty(initial_state.shape)
     return (*(x.new_empty(x.shape) for x in (q, k, v, g)), d_state)
@@ -162,7 +198,16 @@ def _fake_backward(
 
 @torch.library.register_fake(f"{NAMESPACE}::gated_retention_step")
 def _fake_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float, gate_normalizer: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    scale: float,
+    gate_normalizer: float = 0.0,
+    inv_freq: Tensor | None = None,
+    offsets: Tensor | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
-    _checks.gated_retention_step(q, k, v, g, state, scale)
+    _checks.gated_retention_step(q, k, v, g, state, scale, None, inv_freq, offsets)
     return q.new_empty(v.shape)

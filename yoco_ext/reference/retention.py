@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from yoco_ext import _checks
+from yoco_ext.reference.pointwise import rotary
 
 CHUNK = 64
 
@@ -80,6 +81,23 @@ def log_decay(g: Tensor, normalizer: float | None) -> Tensor:
     return torch.nn.functional.logsigmoid(g.to(torch.promote_types(g.dtype, torch.float32))) / normalizer
 
 
+def _turned(
+    q: Tensor,
+    k: Tensor,
+    inv_freq: Tensor | None,
+    interleaved: bool,
+    offsets: Tensor | int | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated by their positions, where there are frequencies."""
+    if inv_freq is None:
+        return q, k
+    if isinstance(offsets, Tensor):
+        _checks.index_range("offsets", offsets, 0, 2**31 - 1)
+    options = {"interleaved": interleaved, "offsets": offsets, "cu_seqlens": cu_seqlens}
+    return rotary(q, inv_freq, **options), rotary(k, inv_freq, **options)
+
+
 def gated_retention(
     q: Tensor,
     k: Tensor,
@@ -91,9 +109,15 @@ def gated_retention(
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     gate_logit_normalizer: float | None = None,
+    inv_freq: Tensor | None = None,
+    interleaved: bool = False,
+    offsets: Tensor | int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Gated retention over whole sequences; see `yoco_ext.gated_retention`. Differentiable by autograd."""
-    sequences = _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens, gate_logit_normalizer)
+    sequences = _checks.gated_retention(
+        q, k, v, g, scale, initial_state, cu_seqlens, gate_logit_normalizer, inv_freq, offsets
+    )
+    q, k = _turned(q, k, inv_freq, interleaved, offsets, cu_seqlens)
     g = log_decay(g, gate_logit_normalizer)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if initial_state is None:
@@ -122,9 +146,13 @@ def gated_retention_step(
     *,
     scale: float | None = None,
     gate_logit_normalizer: float | None = None,
+    inv_freq: Tensor | None = None,
+    interleaved: bool = False,
+    offsets: Tensor | int | None = None,
 ) -> Tensor:
     """1 to 16 further tokens per sequence; `state` [B, H, Dk, Dv] is updated in place."""
-    _checks.gated_retention_step(q, k, v, g, state, scale, gate_logit_normalizer)
+    _checks.gated_retention_step(q, k, v, g, state, scale, gate_logit_normalizer, inv_freq, offsets)
+    q, k = _turned(q, k, inv_freq, interleaved, offsets, None)
     g = log_decay(g, gate_logit_normalizer)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     o, new_state = recurrent(q, k, v, g, scale, state)

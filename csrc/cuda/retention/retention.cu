@@ -160,6 +160,12 @@ RetentionGrid make_grid(const RetentionParams& p, const Plan& plan) {
   grid.segments = static_cast<int32_t>(plan.segments);
   grid.vectors = 1;
   grid.group_chunks = plan.simple ? 1 : kGroupChunks;
+  grid.rotary = p.rotary;
+  if (p.rotary.inv_freq != nullptr && !p.rotary.interleaved) {
+    const bool pieces = !plan.simple && p.rotary.dim % 16 == 0;
+    grid.order = {static_cast<int32_t>(p.rotary.dim), pieces ? 3 : 0};
+    grid.vectors = pieces;
+  }
   return grid;
 }
 
@@ -179,7 +185,8 @@ const char* launch_instance(const RetentionGrid& grid, const Plan& plan, const L
 // Whether the Hopper kernels take these runs. The runs of one backward must agree: they hand states to each other.
 bool takes_hopper(const RetentionGrid& grid, const Plan& plan, const Launch& launch) {
 #if YOCO_HAS_SM90
-  return !plan.simple && compute_capability(launch.device) == 90 && retention_fits_sm90(grid, plan.instance);
+  return !plan.simple && grid.rotary.inv_freq == nullptr && compute_capability(launch.device) == 90 &&
+         retention_fits_sm90(grid, plan.instance);
 #else
   return false;
 #endif
@@ -306,6 +313,7 @@ const char* retention_backward(const RetentionBackwardParams& p, const Launch& l
 
   RetentionRun dq = forward_run(p);  // the forward with v in the role of k: its state is S^T
   dq.q = p.d_o, dq.k = p.v, dq.v = p.k, dq.o = p.dq, dq.x = p.q;
+  dq.rotate_v = 1;
   std::swap(dq.dim_k, dq.dim_v);
   std::swap(dq.state_stride_k, dq.state_stride_v);
   dq.state_out = nullptr;
@@ -321,6 +329,7 @@ const char* retention_backward(const RetentionBackwardParams& p, const Launch& l
 
   RetentionRun dk = dv;  // the same, transposed
   dk.q = p.v, dk.k = p.d_o, dk.v = p.q, dk.o = p.dk, dk.x = p.k;
+  dk.rotate_v = 1;
   std::swap(dk.dim_k, dk.dim_v);
   std::swap(dk.state_stride_k, dk.state_stride_v);
   dk.state_out = nullptr;

@@ -13,6 +13,20 @@
 
 namespace yoco::cuda {
 
+// The order that the columns of a turned tensor have in tiles, blocks and states, so that the two of a pair are in one
+// block, in one unit of 16 columns. Interleaved pairs are neighbours already. Of half-split pairs (i, i + half), pieces
+// of 2^shift columns of the one half alternate with those of the other: 8, or 1 where half is not a multiple of 8.
+struct PairOrder {
+  int32_t turned;  // columns that are reordered; 0: none
+  int32_t shift;
+  // Where column c of a tile lies in the tensor.
+  YOCO_HOST_DEVICE int column(int c) const {
+    if (c >= turned) return c;
+    const int piece = c >> shift;
+    return (piece >> 1 << shift) + (piece & 1) * (turned / 2) + (c & ((1 << shift) - 1));
+  }
+};
+
 // What goes through a run. dim_k and dim_v are those of this run: dq's dim_k is the forward's dim_v.
 struct RetentionRun {
   View q, k;  // [batch, time, heads, dim_k]
@@ -23,6 +37,7 @@ struct RetentionRun {
   float score_scale;
   float update_scale;     // S += update_scale * decayed k^T v
   int32_t reverse;        // backwards in time: token t sees tokens >= t, and its own gate does not act on it
+  int32_t rotate_v;       // with rotary: v and x turn on load and o turns back; else q and k turn on load
   const float* state_in;  // [num_sequences, heads, dim_k, dim_v] through the strides below; or null (zero)
   float* state_out;       // the same, or null
   int64_t state_stride_k, state_stride_v;
@@ -47,6 +62,8 @@ struct RetentionGrid {
   int32_t states_only;         // first pass of several segments: nothing but segment_states and segment_decays
   int32_t vectors;             // all rows are 16-byte aligned
   int32_t group_chunks;        // chunks from one exact <state, gradient> to the next
+  RotaryOnLoad rotary;
+  PairOrder order;  // of the turned columns
   RetentionRun runs[2];
 };
 

@@ -6,17 +6,20 @@
 //   P = (Q K^T) * decays               the 10 blocks of 16 x 16 on and below the diagonal, dealt out to the warps
 //   O = row factors * (Q S) + P V      each warp its 16 columns
 //   S = total * S + (update factors * V)^T K
-// while cp.async brings the next chunk. kBackward adds what the gate gradient needs.
+// while cp.async brings the next chunk. kBackward adds what the gate gradient needs, kRotary turns tiles in shared
+// memory between their arrival and their use.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/core/launch.h"
 #include "cuda/core/reduce.cuh"
 #include "cuda/retention/item.cuh"
-#include "cuda/retention/tile.cuh"
+#include "cuda/retention/rotate.cuh"
 
 namespace yoco::cuda {
 
-template <int kDimK, int kBlockV, bool kBackward>
+template <int kDimK, int kBlockV, bool kBackward, bool kRotary>
 struct RunShape {
   static constexpr int kWarps = kBlockV / 16, kThreads = kWarps * 32;
   // Q is free after half of a chunk's work: with dim_k = 256 its next chunk waits for that, so that all fits 163 KB.
@@ -27,17 +30,21 @@ struct RunShape {
   static constexpr int kP = kX + (kBackward ? kTileV : 0);
   static constexpr int kGates = kP + kPanelBytes;
   static constexpr int kDots = kGates + 2 * static_cast<int>(sizeof(ChunkGates));
-  static constexpr int kBytes = kDots + (kBackward ? kWarps * kChunk * 4 : 0) + 128;  // + alignment
+  // Per pair of columns: turns per position, and the angles of two chunks.
+  static constexpr int kTurns = kDots + (kBackward ? kWarps * kChunk * 4 : 0);
+  static constexpr int kAngles = kTurns + kDimK / 2 * 8;
+  static constexpr int kAngleSlots = angle_slot(kDimK / 2);
+  static constexpr int kBytes = (kRotary ? kAngles + 2 * kAngleSlots * 8 : kTurns) + 128;  // + alignment
 };
 
 // Block k of the ten 16 x 16 blocks on and below the diagonal, the long rows first.
 YOCO_DEVICE int score_row(int k) { return k < 4 ? 3 : k < 7 ? 2 : k < 9 ? 1 : 0; }
 YOCO_DEVICE int score_col(int k) { return k < 4 ? k : k < 7 ? k - 4 : k < 9 ? k - 7 : 0; }
 
-template <typename T, int kDimK, int kBlockV, bool kBackward>
-__global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
+template <typename T, int kDimK, int kBlockV, bool kBackward, bool kRotary>
+__global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::kThreads)
     retention_run_kernel(const __grid_constant__ RetentionGrid p) {
-  using Shape = RunShape<kDimK, kBlockV, kBackward>;
+  using Shape = RunShape<kDimK, kBlockV, kBackward, kRotary>;
   constexpr int kThreads = Shape::kThreads, kWarps = Shape::kWarps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
 
@@ -80,12 +87,45 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
     const int64_t first = seq.batch * p.g.batch_stride + head * p.g.head_stride + token * p.g.time_stride;
     return load_gates<T>(p.g.data, first, reverse ? -p.g.time_stride : p.g.time_stride, count, p.gate_format);
   };
+  // Where a column of a tile lies, from the first one on: in order, but for what turns.
+  const auto place_k = [&](int col) {
+    if constexpr (kRotary) return run.rotate_v ? col : p.order.column(col);
+    return col;
+  };
+  const auto place_v = [&](int col) {
+    if constexpr (kRotary && kBackward) return run.rotate_v ? p.order.column(column + col) - column : col;
+    return col;
+  };
   const auto load_q = [&](int64_t c, int stage) {
-    if (outputs) load_tile<kDimK, kThreads>(shared + stage * Shape::kTileK, rows(run.q, c, 0), run.dim_k, vectors);
+    if (!outputs) return;
+    load_tile<kDimK, kThreads>(shared + stage * Shape::kTileK, rows(run.q, c, 0), run.dim_k, vectors, place_k);
   };
   const auto load_kv = [&](int64_t c, int stage) {
-    load_tile<kDimK, kThreads>(shared + Shape::kK + stage * Shape::kTileK, rows(run.k, c, 0), run.dim_k, vectors);
-    load_tile<kBlockV, kThreads>(shared + Shape::kV + stage * Shape::kTileV, rows(run.v, c, column), columns, vectors);
+    load_tile<kDimK, kThreads>(shared + Shape::kK + stage * Shape::kTileK, rows(run.k, c, 0), run.dim_k, vectors,
+                               place_k);
+    load_tile<kBlockV, kThreads>(shared + Shape::kV + stage * Shape::kTileV, rows(run.v, c, column), columns, vectors,
+                                 place_v);
+  };
+
+  // ---- rotary
+  [[maybe_unused]] uint64_t* const turns = reinterpret_cast<uint64_t*>(shared_bytes + Shape::kTurns);
+  [[maybe_unused]] PairAngle* const angles = reinterpret_cast<PairAngle*>(shared_bytes + Shape::kAngles);
+  [[maybe_unused]] const auto make_angles = [&](int64_t c, int stage) {
+    const int64_t offset = p.rotary.offsets == nullptr ? 0 : p.rotary.offsets[n];
+    write_angles(angles + stage * Shape::kAngleSlots, turns, kDimK / 2,
+                 offset + c * kChunk + (reverse ? rows_of(c) - 1 : 0), reverse);
+  };
+  if constexpr (kRotary) {
+    if (threadIdx.x < kDimK / 2) {
+      turns[threadIdx.x] =
+          threadIdx.x < p.rotary.dim / 2 ? turns_per_position(p.rotary.inv_freq[threadIdx.x]) : 0;  // 0: stays as it is
+    }
+    if (range.begin < range.end) make_angles(chunk_of(range.begin), 0);  // the thread's own pair
+  }
+  // Tiles of kBlockV columns of the turned dimension.
+  [[maybe_unused]] const auto turn_v = [&](uint32_t tile, int stage, float sign) {
+    turn_tiles<T, kBlockV, kThreads>({tile}, angles + stage * Shape::kAngleSlots + angle_slot(column / 2),
+                                     static_cast<int>(p.rotary.dim / 2) - column / 2, p.order.shift == 0, sign);
   };
 
   // ---- first chunk on its way, and the state before it
@@ -111,7 +151,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
       for (int e = 0; e < 4; ++e) {
         const int row = 8 * j + lane_col + e % 2, col = warp * 16 + lane_row + e / 2 * 8;
         if (row < run.dim_k && col < columns) {
-          f(state[j][e], own_state + row * run.state_stride_k + (column + col) * run.state_stride_v);
+          f(state[j][e], own_state + place_k(row) * run.state_stride_k + (column + place_v(col)) * run.state_stride_v);
         }
       }
     }
@@ -196,7 +236,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
       if (at_anchor) save_state(c / p.group_chunks);
       if (has_x) {
         if (i > range.begin) write_dots(chunk_of(i - 1));
-        load_tile<kBlockV, kThreads>(tile_x, rows(run.x, c, column), columns, vectors);
+        load_tile<kBlockV, kThreads>(tile_x, rows(run.x, c, column), columns, vectors, place_v);
       }
       cp_async_commit();
     }
@@ -206,6 +246,19 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
       if (warp == kWarps - 1) next_gates = read_gates(chunk_of(i + 1));
     }
     cp_async_commit();
+    if constexpr (kRotary) {
+      if (i + 1 < range.end) make_angles(chunk_of(i + 1), stage ^ 1);
+      const PairAngle* const own = angles + stage * Shape::kAngleSlots;
+      const int pairs = static_cast<int>(p.rotary.dim / 2);
+      if (kBackward && run.rotate_v) {
+        turn_v(tile_v, stage, 1.f);
+      } else if (outputs) {
+        turn_tiles<T, kDimK, kThreads>({tile_q, tile_k}, own, pairs, p.order.shift == 0);
+      } else {
+        turn_tiles<T, kDimK, kThreads>({tile_k}, own, pairs, p.order.shift == 0);
+      }
+      __syncthreads();
+    }
 
     // V of this warp, all 64 tokens: as the B operand of P V (first, second column tile: 0, 1 and 2, 3), and as the A
     // operand of V^T K (0, 2, 1, 3).
@@ -291,6 +344,12 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
         if (i + 1 < range.end) load_q(chunk_of(i + 1), 0);
         cp_async_commit();
       }
+      if constexpr (kRotary && kBackward) {
+        if (has_x) {  // the other run's V: rounded as there
+          turn_v(tile_x, stage, 1.f);
+          __syncthreads();
+        }
+      }
 
       // ---- O += P V
       // x . o for the gate gradient. The other run of the pair has x as its V: there row factor * x is rounded before
@@ -352,20 +411,35 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
         }
       }
       __syncwarp();
+      if constexpr (kRotary && kBackward) {
+        if (run.rotate_v) {
+          __syncthreads();
+          turn_v(tile_v, stage, -1.f);
+          __syncthreads();
+        }
+      }
       const ChunkRows<T> to = rows(run.o, c, column);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         // Eight lanes read rows 0, 2, 4, 6 (or 1, 3, 5, 7): eight different banks.
-        const int row = m * 16 + lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8, col = warp * 16 + lane % 2 * 8;
+        int row = m * 16 + lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8, col = warp * 16 + lane % 2 * 8;
+        if constexpr (kRotary && kBackward) {
+          // Where the pieces of two halves alternate, neighbours of the tensor are two pieces apart: columns of two
+          // warps, rows 0, 1, 4, 5 (or 2, 3, 6, 7).
+          if (run.rotate_v && p.order.shift > 0) {
+            row = m * 16 + lane / 2 % 2 + lane / 4 % 2 * 4 + lane / 8 % 2 * 2 + lane / 16 * 8;
+            col = warp / 2 * 32 + warp % 2 * 8 + lane % 2 * 16;
+          }
+        }
         if (row < to.rows && col < columns) {
           const uint4 value = load_shared_16(tile_v + tile_offset(row, col));
-          T* at = to.first + row * to.stride + col;
+          T* at = to.first + row * to.stride;
           if (vectors) {
-            *reinterpret_cast<uint4*>(at) = value;
+            *reinterpret_cast<uint4*>(at + place_v(col)) = value;
           } else {
             const Vec<T, 8>& e = *reinterpret_cast<const Vec<T, 8>*>(&value);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) at[j] = e[j];
+            for (int j = 0; j < 8; ++j) at[place_v(col + j)] = e[j];
           }
         }
       }
@@ -430,11 +504,14 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads)
 
 template <typename T, int kDimK, int kBlockV, bool kBackward>
 const char* launch_retention(const RetentionGrid& p, const Launch& launch) {
-  using Shape = RunShape<kDimK, kBlockV, kBackward>;
   const int64_t blocks = run_blocks(p);
   if (blocks > INT32_MAX) return "gated_retention: more than 2^31 blocks";
-  return launch_kernel(retention_run_kernel<T, kDimK, kBlockV, kBackward>, dim3(static_cast<unsigned>(blocks)),
-                       Shape::kThreads, Shape::kBytes, launch, p);
+  const auto run = [&](auto rotary) {
+    using Shape = RunShape<kDimK, kBlockV, kBackward, rotary>;
+    return launch_kernel(retention_run_kernel<T, kDimK, kBlockV, kBackward, rotary>,
+                         dim3(static_cast<unsigned>(blocks)), Shape::kThreads, Shape::kBytes, launch, p);
+  };
+  return p.rotary.inv_freq != nullptr ? run(std::true_type{}) : run(std::false_type{});
 }
 
 #define YOCO_RETENTION_INSTANCES(T, kDimK, kBlockV)                                                     \

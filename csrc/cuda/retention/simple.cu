@@ -2,6 +2,7 @@
 // last digits rather than fast; the low-precision kernels are in run_kernel.cuh.
 #include "cuda/core/launch.h"
 #include "cuda/core/reduce.cuh"
+#include "cuda/core/rotary.cuh"
 #include "cuda/retention/item.cuh"
 
 namespace yoco::cuda {
@@ -24,6 +25,7 @@ __global__ void __launch_bounds__(kThreads) retention_simple_kernel(const __grid
   }
   __shared__ float q[kTokens][256], k[kTokens][256], v[kTokens][kColumns], out[kTokens][kColumns], decay[kTokens];
   __shared__ float scratch[kThreads / 32];
+  __shared__ uint64_t turns[128];  // per position, of each pair
   const int column = threadIdx.x / kParts, part = threadIdx.x % kParts, dim_k = run.dim_k;
   const bool active = column < item.columns;
   const RetentionSequence seq = retention_sequence(p, item.n);
@@ -32,11 +34,17 @@ __global__ void __launch_bounds__(kThreads) retention_simple_kernel(const __grid
     return static_cast<float*>(view.data) + seq.batch * view.batch_stride + item.head * view.head_stride +
            (seq.begin + t) * view.time_stride;
   };
+  const int pairs = p.rotary.inv_freq == nullptr ? 0 : static_cast<int>(p.rotary.dim / 2);
+  const int64_t position = p.rotary.offsets == nullptr ? 0 : p.rotary.offsets[item.n];  // of the sequence's first token
+  for (int i = threadIdx.x; i < pairs; i += kThreads) turns[i] = turns_per_position(p.rotary.inv_freq[i]);
+  // Where a column of this block lies in v, x and o.
+  const auto place_v = [&](int col) { return run.rotate_v ? p.order.column(item.column + col) : item.column + col; };
+  const int block_pairs = run.rotate_v ? min(pairs - item.column / 2, kColumns / 2) : 0;  // that turn in v, x and o
 
   float state[kMaxRows] = {};
   const int64_t own_state = (item.n * p.heads + item.head) * run.dim_k * run.dim_v;
   const auto state_offset = [&](int row) {
-    return own_state + row * run.state_stride_k + (item.column + column) * run.state_stride_v;
+    return own_state + row * run.state_stride_k + place_v(column) * run.state_stride_v;
   };
 #pragma unroll
   for (int i = 0; i < kMaxRows; ++i) {
@@ -82,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) retention_simple_kernel(const __grid
       }
       for (int i = threadIdx.x; i < tokens * kColumns; i += kThreads) {
         const int t = i / kColumns, col = i % kColumns;
-        v[t][col] = col < item.columns ? at(run.v, token(t))[item.column + col] * run.update_scale : 0.f;
+        v[t][col] = col < item.columns ? at(run.v, token(t))[place_v(col)] * run.update_scale : 0.f;
       }
       if (threadIdx.x < tokens) {
         const View& g = p.g;
@@ -92,6 +100,28 @@ __global__ void __launch_bounds__(kThreads) retention_simple_kernel(const __grid
             p.gate_format));
       }
       __syncthreads();
+      if (pairs > 0 && !run.rotate_v) {
+        const bool adjacent = p.rotary.interleaved;
+        for (int i = threadIdx.x; i < tokens * pairs; i += kThreads) {
+          const int t = i / pairs, pair = i % pairs;
+          const int a = adjacent ? 2 * pair : pair, b = adjacent ? a + 1 : pair + pairs;
+          const Rotation r = rotation(turns[pair], position + token(t));
+          rotate(q[t][a], q[t][b], r.cos, r.sin);
+          rotate(k[t][a], k[t][b], r.cos, r.sin);
+        }
+        __syncthreads();
+      }
+      // The pairs of this block's columns, neighbours here: v before, o (by the negative angle) behind.
+      const auto turn_columns = [&](float(&rows)[kTokens][kColumns], float sign) {
+        if (block_pairs <= 0) return;
+        for (int i = threadIdx.x; i < tokens * block_pairs; i += kThreads) {
+          const int t = i / block_pairs, pair = i % block_pairs;
+          const Rotation r = rotation(turns[item.column / 2 + pair], position + token(t));
+          rotate(rows[t][2 * pair], rows[t][2 * pair + 1], r.cos, r.sin * sign);
+        }
+        __syncthreads();
+      };
+      turn_columns(v, 1.f);
       for (int t = 0; t < tokens; ++t) {
         // Forward in time a token's gate acts before it, backwards behind it.
         const float before = run.reverse ? 1.f : decay[t], behind = run.reverse ? decay[t] : 1.f;
@@ -108,14 +138,15 @@ __global__ void __launch_bounds__(kThreads) retention_simple_kernel(const __grid
         if (part == 0) out[t][column] = o;
       }
       __syncthreads();
+      turn_columns(out, -1.f);
       for (int i = threadIdx.x; i < tokens * kColumns; i += kThreads) {
         const int t = i / kColumns, col = i % kColumns;
-        if (col < item.columns) at(run.o, token(t))[item.column + col] = out[t][col];
+        if (col < item.columns) at(run.o, token(t))[place_v(col)] = out[t][col];
       }
       if (run.x.data != nullptr && threadIdx.x < tokens) {
-        const float* x = at(run.x, token(threadIdx.x)) + item.column;
+        const float* x = at(run.x, token(threadIdx.x));
         float sum = 0.f;
-        for (int col = 0; col < item.columns; ++col) sum += x[col] * out[threadIdx.x][col];
+        for (int col = 0; col < item.columns; ++col) sum += x[place_v(col)] * out[threadIdx.x][col];
         run.dots[(item.block_v * p.heads + item.head) * (p.batch * p.time) + seq.batch * p.time + seq.begin +
                  token(threadIdx.x)] = sum;
       }

@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "cuda/core/launch.h"
-#include "cuda/core/vector.cuh"
+#include "cuda/core/rotary.cuh"
 #include "cuda/kernels.h"
 #include "cuda/retention/gate.cuh"
 
@@ -68,6 +68,18 @@ __global__ void __launch_bounds__(kThreads)
     decay[threadIdx.x] = expf(load_gate<T>(p.g.data, i, gate_format));
   }
   __syncthreads();
+  if (p.rotary.inv_freq != nullptr) {
+    const int pairs = static_cast<int>(p.rotary.dim / 2);
+    const int64_t position = p.rotary.offsets == nullptr ? 0 : p.rotary.offsets[batch];
+    for (int i = threadIdx.x; i < time * pairs; i += kThreads) {
+      const int t = i / pairs, pair = i % pairs;
+      const int a = t * dim_k + (p.rotary.interleaved ? 2 * pair : pair), b = a + (p.rotary.interleaved ? 1 : pairs);
+      const Rotation r = rotation(turns_per_position(p.rotary.inv_freq[pair]), position + t);
+      rotate(q[a], q[b], r.cos, r.sin);
+      rotate(k[a], k[b], r.cos, r.sin);
+    }
+    __syncthreads();
+  }
 
   for (int t = 0; t < time; ++t) {
     const float4 value = *reinterpret_cast<const float4*>(&v[t * kColumns + col - column]);

@@ -89,23 +89,28 @@ struct ChunkRows {
   int rows;  // that exist
 };
 
+// place(c): where column c of the tile lies in a row.
+struct InOrder {
+  YOCO_DEVICE int operator()(int c) const { return c; }
+};
+
 // Asynchronous unless rows are not 16-byte aligned. Rows and columns that do not exist become zero: what a neighbour or
 // unused memory holds there may be NaN, and 0 * NaN is NaN.
-template <int kCols, int kThreads, typename T>
-YOCO_DEVICE void load_tile(uint32_t tile, const ChunkRows<T>& from, int dim, bool vectors) {
+template <int kCols, int kThreads, typename T, typename Place = InOrder>
+YOCO_DEVICE void load_tile(uint32_t tile, const ChunkRows<T>& from, int dim, bool vectors, Place place = {}) {
   constexpr int kStep = kThreads / 8;
   const int piece = threadIdx.x % 8, row0 = threadIdx.x / 8;
   const uint32_t to = tile + row0 * 128 + ((piece ^ (row0 & 7)) << 4);
   if (vectors) {
 #pragma unroll
     for (int i = 0; i < kChunk / kStep; ++i) {
-      const T* p = from.first + (row0 + i * kStep) * from.stride + piece * 8;
+      const T* p = from.first + (row0 + i * kStep) * from.stride;
 #pragma unroll
       for (int panel = 0; panel < kCols / 64; ++panel) {
         const int bytes = row0 + i * kStep < from.rows && panel * 64 + piece * 8 < dim ? 16 : 0;
         asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to + panel * kPanelBytes +
                                                                                       i * kStep * 128),
-                     "l"(p + panel * 64), "r"(bytes)
+                     "l"(p + place(panel * 64 + piece * 8)), "r"(bytes)
                      : "memory");
       }
     }
@@ -116,9 +121,9 @@ YOCO_DEVICE void load_tile(uint32_t tile, const ChunkRows<T>& from, int dim, boo
     const int row = row0 + i / (kCols / 64) * kStep, panel = i % (kCols / 64);
     Vec<T, 8> v{};
     if (row < from.rows && panel * 64 + piece * 8 < dim) {
-      const T* p = from.first + row * from.stride + panel * 64 + piece * 8;
+      const T* p = from.first + row * from.stride;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = p[j];
+      for (int j = 0; j < 8; ++j) v[j] = p[place(panel * 64 + piece * 8 + j)];
     }
     store_shared(to + panel * kPanelBytes + i / (kCols / 64) * kStep * 128, *reinterpret_cast<const uint4*>(&v));
   }
