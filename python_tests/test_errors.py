@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -216,6 +219,36 @@ def test_float64_is_refused_where_there_is_none(backend):
     arguments = {n: x.double() for n, x in Inputs(backend.device).good["attention"].items()}
     with pytest.raises(RuntimeError, match=r"float64|double"):
         backend.ops.attention(**arguments)
+
+
+SMALL_GPU = """
+import torch
+from yoco_ext import _library, ops, reference
+
+_library.select_backend("emulated")
+q, k, v = (torch.randn(1, 40, 1, 256).bfloat16() for _ in range(3))
+try:
+    ops.attention(q, k, v)
+except RuntimeError as error:
+    assert "shared memory" in str(error), error
+else:
+    raise AssertionError("256 columns fit into 99 KB")
+# The error is over with that call: the next one does not find it.
+q, used = torch.randn(1, 1, 64, 128).bfloat16(), torch.tensor([70], dtype=torch.int32)
+k, v = (torch.randint(-127, 128, (1, 70, 1, 128)).to(torch.int8) for _ in "kv")
+scale = torch.full((1,), 0.01)
+run = {"q": q, "k_cache": k, "v_cache": v, "seqused_k": used, "k_scale": scale, "v_scale": scale}
+ours, plain = (f.attention_decode(**run).double() for f in (ops, reference))
+assert (ours - plain).norm() <= 0.02 * plain.norm()
+"""
+
+
+@pytest.mark.backends("emulated")
+def test_a_gpu_with_little_shared_memory_says_so(backend):
+    """Compute capability 8.6 has 99 KB per block where 8.0 has 163."""
+    command = [sys.executable, "-c", SMALL_GPU]
+    done = subprocess.run(command, env={**os.environ, "PTXSIM_CC": "86"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_missing_library_says_what_to_do(monkeypatch, tmp_path):

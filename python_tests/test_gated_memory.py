@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from yoco_ext import reference
 
-# (shape, groups); 1032 and 4104 do not fit one warp's registers, 9000 not a block's
+# (shape, groups); 1032 and 4104 do not fit one warp's registers, 9000 not a block's, 12287 just fits 48 KB of sums
 CASES = [((1, 8), 1), ((3, 5, 127), 1), ((2, 33, 256), 4), ((70, 96), 3), ((0, 64), 2), ((3, 1032), 1), ((2, 9000), 1)]
+CASES += [((1, 12287), 1)]
 
 
 @pytest.mark.parametrize("weight", ["none", "same", "float32"])

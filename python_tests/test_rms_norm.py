@@ -41,6 +41,13 @@ def test_values_and_gradients(backend: Backend, shape: tuple[int, ...], weight: 
         numerics.compare(backend.ops.rms_norm, reference.rms_norm, tensors, wanted=wanted, length=length, eps=eps)
 
 
+def test_weight_sums_of_48_kb(backend: Backend) -> None:
+    """As much dynamic shared memory as a block gets unasked, where the static part has to fit in too."""
+    tensors = inputs(backend, (2, 12287), torch.bfloat16, torch.bfloat16, False)
+    wanted = ["x", "weight"]
+    numerics.compare(backend.ops.rms_norm, reference.rms_norm, tensors, wanted=wanted, length=12287, eps=1e-5)
+
+
 @given(data=st.data())
 def test_random_shapes_and_strides(backend: Backend, data: st.DataObject) -> None:
     # Of one or two components hardly any gradient is left: all of it cancels, and with it every relative error.

@@ -10,8 +10,13 @@
 
 namespace yoco::cuda {
 
-// null for success, else CUDA's text (static storage), as KernelTable wants it.
-inline const char* error_message(cudaError_t e) { return e == cudaSuccess ? nullptr : cudaGetErrorString(e); }
+// null for success, else CUDA's text (static storage), as KernelTable wants it. The runtime keeps a failed call's error
+// for the next cudaGetLastError: taken out here, or the next launch, though successful, would report it again.
+inline const char* error_message(cudaError_t e) {
+  if (e == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(e);
+}
 
 // Returns from the calling function (const char*) when a CUDA call fails.
 #define YOCO_CUDA_CHECK(expr)                                                    \
@@ -47,22 +52,28 @@ inline int compute_capability(int device) {
          detail::cached_attribute<cudaDevAttrComputeCapabilityMinor>(device);
 }
 
-// This library has its own copy of the CUDA runtime: make it use the device the caller's launch names.
-inline const char* set_device(const Launch& launch) {
-  int current = -1;
-  if (cudaGetDevice(&current) != cudaSuccess || current != launch.device)
-    return error_message(cudaSetDevice(launch.device));
-  return nullptr;
-}
+// This library has its own copy of the CUDA runtime: make it use the device the caller's launch names. Always, not only
+// where cudaGetDevice disagrees: that answers 0 in a thread that has no context yet, and cuTensorMapEncodeTiled wants
+// one. (The caller's device comes back behind the call: csrc/torch/backend.h.)
+inline const char* set_device(const Launch& launch) { return error_message(cudaSetDevice(launch.device)); }
 
-// One launch. Dynamic shared memory above the 48 KB default is opted into; the launch error (not an asynchronous fault
-// of an earlier kernel on a real device) comes back as a message.
+// Without asking, a block gets 48 KB of shared memory, static and dynamic together. No kernel has 8 KB of static and
+// any dynamic.
+constexpr size_t kSharedUnasked = 40 * 1024;
+
+// One launch. The launch error (not an asynchronous fault of an earlier kernel on a real device) comes back as a
+// message.
 template <typename... Params, typename... Args>
 const char* launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const Launch& launch,
                           Args&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
   if (const char* message = set_device(launch)) return message;
-  if (shared_bytes > 48 * 1024) {
+  if (shared_bytes > kSharedUnasked) {
+    if (shared_bytes > size_t(max_shared_memory(launch.device))) {
+      return "this call needs more shared memory per block than this GPU has: kernels for these head dims are sized "
+             "for "
+             "compute capability 8.0 and data centre GPUs from 9.0 on (163 KB or more)";
+    }
     YOCO_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   }

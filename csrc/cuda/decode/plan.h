@@ -56,7 +56,8 @@ inline bool decode_fits_tensor_cores(const DecodeParams& p) {
          aligned(p.v_cache, cache, 16) && aligned(p.latent_k, 2, 16) && aligned(p.latent_v, 2, 16);
 }
 
-// Whether TMA can describe the segment: strides below 2^40 bytes. (Multiples of 16 bytes they are already.)
+// Whether TMA can describe the segment: there is memory, and strides are below 2^40 bytes. (Multiples of 16 bytes they
+// are already.)
 inline bool decode_fits_hopper(const DecodeParams& p) {
   const auto fits = [](const View& v, size_t size) {
     constexpr int64_t kLimit = int64_t(1) << 40;
@@ -66,7 +67,8 @@ inline bool decode_fits_hopper(const DecodeParams& p) {
   };
   const size_t cache = element_size(p.cache_dtype);
   const bool latents = p.latent_k.data != nullptr && p.num_latents > 0;
-  return p.capacity > 0 && fits(p.k_cache, cache) && fits(p.v_cache, cache) &&
+  const bool empty = p.capacity <= 0 || (p.block_table != nullptr && p.num_pages == 0);
+  return !empty && fits(p.k_cache, cache) && fits(p.v_cache, cache) &&
          (!latents || (fits(p.latent_k, 2) && fits(p.latent_v, 2)));
 }
 

@@ -510,6 +510,7 @@ template <typename T, int D>
 const char* launch_attention_backward(const AttentionBackwardParams& p, const BackwardPlan& plan, int* counter,
                                       const Launch& launch) {
   using Config = BackwardConfig<T, D, true>;
+  if (const char* message = set_device(launch)) return message;
   BackwardMaps maps{};
   const int64_t group = p.heads_q / p.heads_kv, latent_batch = p.latents_shared ? 1 : p.batch;
   const int tokens = int(Config::kRows / group);

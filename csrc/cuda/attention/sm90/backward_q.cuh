@@ -343,6 +343,7 @@ template <typename T, int D>
 const char* launch_attention_backward_q(const AttentionBackwardParams& p, const BackwardPlan& plan,
                                         const Launch& launch) {
   using Config = BackwardQConfig<T, D>;
+  if (const char* message = set_device(launch)) return message;
   BackwardQMaps maps{};
   const int64_t group = p.heads_q / p.heads_kv, latent_batch = p.latents_shared ? 1 : p.batch;
   const int tokens = int(Config::kRows / group);

@@ -437,6 +437,7 @@ template <typename T, int D>
 const char* launch_attention_forward(const AttentionParams& p, const ForwardPlan& plan, int* counter,
                                      const Launch& launch) {
   using Config = ForwardConfig<T, D, false>;
+  if (const char* message = set_device(launch)) return message;
   ForwardMaps maps{};
   const int64_t group = p.heads_q / p.heads_kv, latent_batch = p.latents_shared ? 1 : p.batch;
   const char* m = make_grouped_map(maps.q, p.q, p.dtype, p.batch, p.time_q, p.heads_kv, group, p.dim_qk,
@@ -455,7 +456,6 @@ const char* launch_attention_forward(const AttentionParams& p, const ForwardPlan
   const int64_t tiles = std::max<int64_t>(plan.schedule.count() * plan.splits, 1);
   const unsigned ctas = unsigned(std::min<int64_t>(tiles, std::max(sm_count(launch.device), 1)));
   if (tiles > ctas) {
-    if (const char* message = set_device(launch)) return message;
     YOCO_CUDA_CHECK(cudaMemsetAsync(counter, 0, sizeof(int), static_cast<cudaStream_t>(launch.stream)));
   } else {
     counter = nullptr;

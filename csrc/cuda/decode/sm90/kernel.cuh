@@ -454,6 +454,7 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
 template <typename C>
 const char* launch_instance(const DecodeParams& p, const DecodePlan& plan, const DecodeSegment& segment,
                             const DecodePartials& partials, const Launch& launch) {
+  if (const char* message = set_device(launch)) return message;
   DecodeMaps maps;
   constexpr int kPanelColumns = C::kPanelRowBytes / static_cast<int>(sizeof(typename C::Cache));
   if (const char* message = make_decode_maps(maps, p, segment.latent, kPanelColumns)) return message;
