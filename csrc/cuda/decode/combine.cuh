@@ -11,7 +11,10 @@ namespace yoco::cuda {
 // columns per 32 slots more) are read in one flight.
 constexpr int kCombineThreads = 256;
 
-template <typename T>
+// kDependent: launched while the pieces still run (sm90/combine.cu), so it must wait for them. A parameter, not a test
+// of
+// __CUDA_ARCH__: kernels of two files with one name may become one at link time, and not the one that waits.
+template <typename T, bool kDependent>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const DecodeParams p, const DecodePartials partials) {
   constexpr int kWarps = kCombineThreads / 32, kMaxPerLane = 256 / 32;
   __shared__ float warp_max[kWarps], warp_sum[kWarps], warp_out[kWarps][256];
@@ -19,9 +22,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const DecodePa
   const int64_t row = blockIdx.x, rows = p.batch * p.heads_q * p.time_q;
   const int64_t t = row % p.time_q, head = row / p.time_q % p.heads_q, b = row / p.time_q / p.heads_q;
   const int dim_v = static_cast<int>(p.dim_v), slots = static_cast<int>(partials.slots);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // the pieces are complete and visible
-#endif
+  if constexpr (kDependent) asm volatile("griddepcontrol.wait;\n" ::: "memory");  // the pieces are complete and visible
 
   float max = -INFINITY;
   for (int s = threadIdx.x; s < slots; s += kCombineThreads) max = fmaxf(max, partials.lse[s * rows + row]);

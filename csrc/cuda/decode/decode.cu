@@ -70,8 +70,8 @@ const char* decode(const DecodeParams& p, const Launch& launch) {
   if (plan.hopper) return sm90::launch_combine(p, partials, launch);
 #endif
   return YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* {
-    return launch_kernel(combine_kernel<T>, dim3(static_cast<unsigned>(result_rows(p))), kCombineThreads, 0, launch, p,
-                         partials);
+    return launch_kernel(combine_kernel<T, false>, dim3(static_cast<unsigned>(result_rows(p))), kCombineThreads, 0,
+                         launch, p, partials);
   });
 }
 

@@ -16,8 +16,8 @@ const char* launch_combine(const DecodeParams& p, const DecodePartials& partials
   config.attrs = &attribute;
   config.numAttrs = 1;
   return error_message(p.dtype == DType::kBFloat16
-                           ? cudaLaunchKernelEx(&config, combine_kernel<__nv_bfloat16>, p, partials)
-                           : cudaLaunchKernelEx(&config, combine_kernel<__half>, p, partials));
+                           ? cudaLaunchKernelEx(&config, combine_kernel<__nv_bfloat16, true>, p, partials)
+                           : cudaLaunchKernelEx(&config, combine_kernel<__half, true>, p, partials));
 }
 
 }  // namespace yoco::cuda::sm90
