@@ -87,6 +87,7 @@ Backend backend_for(const Tensor& t) {
         "); rebuild with nvcc and YOCO_EXT_CUDA=1, or use yoco_ext.reference");
   check(cuda.current_stream != nullptr, "this PyTorch has no CUDA support");
   backend.table = cuda.table;
+  backend.gpu = true;
   backend.launch.device = t.get_device_index();
   check(cuda.current_stream(backend.launch.device, &backend.launch.stream) == 0, "no current CUDA stream");
   return backend;

@@ -1,6 +1,8 @@
 // From a tensor's device to the kernels that serve it.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
+
 #include "tensor.h"
 
 namespace yoco {
@@ -8,6 +10,7 @@ namespace yoco {
 struct Backend {
   const KernelTable* table;
   Launch launch;
+  bool gpu = false;  // the tensors are on one: launch.device
 };
 
 // Kernels for tensors that live where `t` lives; fails with a sentence when there are none.
@@ -19,6 +22,9 @@ void run(const Backend& backend, const char* op, const char* (*kernel)(const Par
          const Params& params) {
   check(kernel != nullptr, op, " has no ", backend.table->name,
         " kernel in this build; yoco_ext.reference has a plain PyTorch version");
+  // The kernels make launch.device the current one: behind the call it is again what it was.
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (backend.gpu) guard.emplace(backend.launch.device);
   const char* error = kernel(params, backend.launch);
   check(error == nullptr, op, ": ", error);
 }
