@@ -114,8 +114,12 @@ def test_layouts(backend, dtype, layout):
     assert any(not x.is_contiguous() for x in views.values())
     upstream = [torch.randn(2, 65, 2, 32, device=backend.device), torch.randn(2, 2, 65, device=backend.device)]
     run = [run_with_gradients(attend(backend.ops), t, {}, upstream, "qkv") for t in (inputs, views)]
-    assert all(bitwise_equal(a, b) for a, b in zip(run[0][0], run[1][0]))
-    assert all(bitwise_equal(run[0][1][n], run[1][1][n]) for n in "qkv")
+    pairs = [*zip(run[0][0], run[1][0]), *((run[0][1][n], run[1][1][n]) for n in "qkv")]
+    if layout == "broadcast" and backend.name in ("cuda", "emulated") and dtype != torch.float32:
+        # TMA reads no broadcast dimension: on Hopper another kernel does, whose roundings may fall the other way.
+        assert all(rms(a.double() - b.double()) <= 0.5 * torch.finfo(dtype).eps * rms(b) for a, b in pairs)
+    else:
+        assert all(bitwise_equal(a, b) for a, b in pairs)
 
 
 @dtypes
