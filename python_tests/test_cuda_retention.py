@@ -153,6 +153,14 @@ def test_a_block_of_128_columns(backend: Any, schedule: str, monkeypatch: pytest
     check(backend, tensors, length=130, cu_seqlens=lengths_to_cu_seqlens(lengths, backend.device))
 
 
+@pytest.mark.backends("emulated", "cuda")
+@pytest.mark.parametrize(("dim_k", "dim_v"), [(256, 256), (136, 200)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wide_heads_over_many_chunks(backend: Any, dtype: torch.dtype, dim_k: int, dim_v: int) -> None:
+    """Seven chunks: on Hopper a ring of two stages comes round more than three times."""
+    check(backend, make(1, 400, 1, dim_k, dim_v, dtype, device=backend.device), length=400)
+
+
 @pytest.mark.backends("emulated")
 @pytest.mark.parametrize(
     ("dim_k", "dim_v"), [(64, 64), (128, 64), (128, 128), (256, 72)], ids=["64", "128-64", "128", "256"]
@@ -163,8 +171,9 @@ def test_asynchronous_copies(
 ) -> None:
     """Copies that land as late as the architecture allows, and random orders of warps and blocks, under the race
     checker: the bits of an ordinary run."""
-    tensors = make(1, 140, 1, dim_k, dim_v, torch.bfloat16)
-    upstream = torch.randn(1, 140, 1, dim_v).bfloat16()
+    time = 140 if dim_k < 256 else 330  # wide heads have two stages: more than two rounds
+    tensors = make(1, time, 1, dim_k, dim_v, torch.bfloat16)
+    upstream = torch.randn(1, time, 1, dim_v).bfloat16()
 
     def everything() -> list[torch.Tensor]:
         leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}

@@ -35,6 +35,10 @@ YOCO_HOST_DEVICE int64_t retention_segments(int64_t items, int64_t time, int64_t
 }
 
 // ---- groups of chunks, for the gate gradient
+// Chunks to an anchor (tensor-core kernels). A float32 state costs as much memory traffic as two tensors of a chunk,
+// written and read.
+constexpr int kGroupChunks = 16;
+
 // For the gate gradient, chunks come in groups of M, and the state before the middle chunk of each group (the last
 // chunk of the sequence, where there is no such) is its anchor: at most M / 2 chunks from any token.
 YOCO_HOST_DEVICE int64_t anchor_of(int64_t group, int64_t group_chunks, int64_t num_chunks) {

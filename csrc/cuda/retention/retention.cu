@@ -125,9 +125,6 @@ struct Plan {
   int64_t segment_bytes;  // segment_states and segment_decays of one run
 };
 
-// Chunks to an anchor. A float32 state costs as much memory traffic as two tensors of a chunk, written and read.
-constexpr int kGroupChunks = 16;
-
 // Columns over which the Hopper kernels leave a sum of their own for the gate gradient; the others do so per block.
 constexpr int kHopperPart = 64;
 
@@ -186,7 +183,7 @@ const char* launch_instance(const RetentionGrid& grid, const Plan& plan, const L
 bool takes_hopper(const RetentionGrid& grid, const Plan& plan, const Launch& launch) {
 #if YOCO_HAS_SM90
   return !plan.simple && grid.rotary.inv_freq == nullptr && compute_capability(launch.device) == 90 &&
-         retention_fits_sm90(grid, plan.instance);
+         retention_fits_sm90(grid);
 #else
   return false;
 #endif

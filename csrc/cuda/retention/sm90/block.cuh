@@ -16,13 +16,19 @@ struct RunShape {
   static constexpr int kThreads = (2 + kGroups) * kWarpgroup;
   // dim_k = 64 leaves room for two blocks on an SM; the others fill it with stages.
   static constexpr int kBlocksPerSM = kDimK == 64 && !kBackward ? 2 : 1;
-  static constexpr int kStages = kDimK == 128 && kBlockV == 64 ? 4 : kDimK == 64 && kBackward ? 5 : 3;
+  static constexpr int kStages = kDimK == 256                    ? 2
+                                 : kDimK == 128 && kBlockV == 64 ? 4
+                                 : kDimK == 64 && kBackward      ? 5
+                                                                 : 3;
+  // Two stages are filled in two steps, so that more of memory's latency is covered: Q's part is free again when the
+  // scores and the first product of the state groups are done, long before the rest is.
+  static constexpr bool kEarlyQ = kStages == 2;
   static constexpr int kScoreStages = 2;
   // Registers per thread of the producer, the scores and the state warpgroups: multiples of 8 whose sum over the
   // warpgroups is at most what the block starts with.
-  static constexpr int kLoadRegisters = 40;
-  static constexpr int kScoreRegisters = kGroups == 2 ? 72 : kBlocksPerSM == 2 ? 64 : 136;
-  static constexpr int kStateRegisters = kGroups == 2 ? 200 : kBlocksPerSM == 2 ? 136 : 240;
+  static constexpr int kLoadRegisters = kDimK == 256 ? 32 : 40;
+  static constexpr int kScoreRegisters = kDimK == 256 ? 64 : kGroups == 2 ? 72 : kBlocksPerSM == 2 ? 64 : 136;
+  static constexpr int kStateRegisters = kDimK == 256 ? 208 : kGroups == 2 ? 200 : kBlocksPerSM == 2 ? 136 : 240;
 
   // A stage: Q, K, V of a chunk; backward also X, where O takes its place.
   static constexpr int kTileK = kDimK / 64 * kPanelBytes, kTileV = kBlockV / 64 * kPanelBytes;
@@ -35,9 +41,36 @@ struct RunShape {
   static constexpr int kDots = kGates + kStages * static_cast<int>(sizeof(ChunkGates));
   static constexpr int kWarpSums = kDots + (kBackward ? kGroups * 8 * kChunk * 4 : 0);
   static constexpr int kFull = kWarpSums + (kBackward ? kGroups * 16 : 0), kEmpty = kFull + 8 * kStages;
-  static constexpr int kScoresFull = kEmpty + 8 * kStages, kScoresEmpty = kScoresFull + 8 * kScoreStages;
+  static constexpr int kEmptyQ = kEmpty + 8 * kStages;  // with kEarlyQ
+  static constexpr int kScoresFull = kEmptyQ + 8 * kStages, kScoresEmpty = kScoresFull + 8 * kScoreStages;
   static constexpr int kBytes = kScoresEmpty + 8 * kScoreStages + 1024;  // + alignment
   static_assert(kBlocksPerSM * (kBytes + 1024) <= 228 * 1024);
+};
+
+// Where a warp is in the ring of stages and in that of score tiles, which advance together. Two slots each: both follow
+// from the number of chunks before this one, which saves registers.
+template <typename Shape>
+struct ChunkRings {
+  static constexpr bool kPairs = Shape::kStages == 2 && Shape::kScoreStages == 2;
+  RingPosition<Shape::kStages> stages;
+  RingPosition<Shape::kScoreStages> tiles;
+  YOCO_DEVICE RingPosition<Shape::kStages> stage(uint32_t before) const {
+    if constexpr (kPairs) {
+      return {before % 2, before / 2 % 2};
+    } else {
+      return stages;
+    }
+  }
+  YOCO_DEVICE RingPosition<Shape::kScoreStages> scores(uint32_t before) const {
+    if constexpr (kPairs) {
+      return stage(before);
+    } else {
+      return tiles;
+    }
+  }
+  YOCO_DEVICE void advance() {
+    if constexpr (!kPairs) stages.advance(), tiles.advance();
+  }
 };
 
 // Which tokens a block visits. It lies in shared memory: the warps' roles have few registers to spare for what they
@@ -48,6 +81,13 @@ struct RunBlock {
   int num_chunks, segments;
   int begin, end;  // chunks of this segment, in the order of the run
   bool reverse, outputs, packed;
+  float score_scale;
+  uint32_t tiles;  // where shared memory begins
+  // Gate gradient: run.h's arrays for this block. 64 columns of v, a warpgroup's, are a part of their own in the sums.
+  float* dots[2];        // [part], [time] of the batch row
+  float* boundary[2];    // [part], [groups of chunks of the sequence]
+  float* anchor_states;  // the state at the anchor of each group, anchor_stride states apart
+  int64_t anchor_stride;
 
   // A chunk's tokens: [end - count, end) of the batch row.
   struct Chunk {
@@ -76,6 +116,11 @@ YOCO_DEVICE void tma_store_panel(const CUtensorMap& map, uint32_t shared, int co
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];\n" ::"l"(&map),
                "r"(shared), "r"(column), "r"(box.row), "r"(box.head), "r"(box.c3), "r"(box.c4)
                : "memory");
+}
+
+// A descriptor some bytes further on: the address is in the low half and does not carry.
+YOCO_DEVICE uint64_t further(uint64_t descriptor, int bytes) {
+  return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
 }
 
 // Four 8 x 8 matrices to shared memory: the inverse of ldmatrix, and of its transposed form.

@@ -25,14 +25,15 @@ template <typename T, bool kBackward>
 const char* launch_instance(const RetentionGrid& p, const RetentionMaps& maps, const RetentionInstance& instance,
                             const Launch& launch) {
   if (instance.dim_k == 64) return launch_retention_sm90<T, 64, 64, kBackward>(p, maps, launch);
+  if (instance.dim_k == 256) return launch_retention_sm90<T, 256, 128, kBackward>(p, maps, launch);
   return instance.block_v == 64 ? launch_retention_sm90<T, 128, 64, kBackward>(p, maps, launch)
                                 : launch_retention_sm90<T, 128, 128, kBackward>(p, maps, launch);
 }
 
 }  // namespace
 
-bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instance) {
-  if (instance.dim_k > 128 || p.time >= INT32_MAX - kChunk || tensor_map_encoder() == nullptr) return false;
+bool retention_fits_sm90(const RetentionGrid& p) {
+  if (p.time >= INT32_MAX - kChunk || tensor_map_encoder() == nullptr) return false;
   for (int r = 0; r < p.num_runs; ++r) {
     const RetentionRun& run = p.runs[r];
     for (const View* v : {&run.q, &run.k, &run.v, &run.o, &run.x}) {

@@ -21,9 +21,8 @@ struct RetentionMaps {
   } runs[2];
 };
 
-// TMA can reach every tensor of every run of the grid (strides are multiples of 16 bytes, nothing is broadcast) and
-// there is an instance for it.
-bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instance);
+// TMA can reach every tensor of every run of the grid (strides are multiples of 16 bytes, nothing is broadcast).
+bool retention_fits_sm90(const RetentionGrid& p);
 
 // One pass of p's runs; an instance per launch file in retention/sm90/instances.
 template <typename T, int kDimK, int kBlockV, bool kBackward>

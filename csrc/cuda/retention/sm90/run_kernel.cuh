@@ -23,13 +23,19 @@ YOCO_DEVICE void load_tiles(uint32_t shared, const RunBlock& b, const RetentionM
   for (int i = b.begin; i < b.end; ++i, at.advance()) {
     const uint32_t tiles = shared + at.slot * Shape::kStageBytes, full = shared + Shape::kFull + at.slot * 8;
     const ChunkBox box = chunk_box(b, b.chunk(i));
-    mbarrier_wait(shared + Shape::kEmpty + at.slot * 8, at.parity ^ 1);
+    const bool early = Shape::kEarlyQ && b.outputs;
+    mbarrier_wait(shared + (early ? Shape::kEmptyQ : Shape::kEmpty) + at.slot * 8, at.parity ^ 1);
     mbarrier_arrive_expect(full, bytes);
+    if (b.outputs) {
+#pragma unroll
+      for (int panel = 0; panel < Shape::kTileK / kPanelBytes; ++panel) {
+        tma_load_panel(tiles + panel * kPanelBytes, maps.q, full, panel * 64, box);
+      }
+    }
+    if (early) mbarrier_wait(shared + Shape::kEmpty + at.slot * 8, at.parity ^ 1);
 #pragma unroll
     for (int panel = 0; panel < Shape::kTileK / kPanelBytes; ++panel) {
-      const int offset = panel * kPanelBytes, column = panel * 64;
-      if (b.outputs) tma_load_panel(tiles + offset, maps.q, full, column, box);
-      tma_load_panel(tiles + Shape::kK + offset, maps.k, full, column, box);
+      tma_load_panel(tiles + Shape::kK + panel * kPanelBytes, maps.k, full, panel * 64, box);
     }
 #pragma unroll
     for (int panel = 0; panel < Shape::kGroups; ++panel) {
@@ -50,9 +56,11 @@ YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const Rete
     const int64_t first = b.batch * p.g.batch_stride + b.head * p.g.head_stride + (c.end - c.count) * p.g.time_stride;
     return load_gates<T>(p.g.data, first, p.g.time_stride, c.count, p.gate_format, flip);
   };
-  // The scan is a chain of about 1,600 cycles, so the warps take chunks in turn.
-  constexpr int kWarps = 3;
+  // The scan is a chain of about 1,600 cycles, so the warps take chunks in turn. No more of them than stages: a warp
+  // that is two rounds ahead of a barrier would take the phase before for the one it waits for.
+  constexpr int kWarps = Shape::kStages < 3 ? Shape::kStages : 3;
   const int own = threadIdx.x / 32 - 1;
+  if (own >= kWarps) return;
   RingPosition<Shape::kStages> at;
   const auto skip = [&](int chunks) {
     for (int j = 0; j < chunks; ++j) at.advance();
@@ -72,14 +80,15 @@ YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const Rete
 
 // ---- scores
 template <typename T, int kDimK, typename Shape>
-YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, float scale, const ChunkGates* gates) {
+YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, const ChunkGates* gates) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
   // Where this lane points stmatrix in the 16 x 64 rows of its warp, columns 0-15: matrices (rows 0-7, 8-15) x (columns
   // 0-7, 8-15).
   const uint32_t store_at = (warp * 16 + lane % 16) * 128 + (((lane / 16) ^ (lane & 7)) << 4);
-  RingPosition<Shape::kStages> at;
-  RingPosition<Shape::kScoreStages> to;
-  for (int i = b.begin; i < b.end; ++i, at.advance(), to.advance()) {
+  ChunkRings<Shape> rings;
+  for (int i = b.begin; i < b.end; ++i, rings.advance()) {
+    const auto at = rings.stage(i - b.begin);
+    const auto to = rings.scores(i - b.begin);
     const uint32_t tiles = shared + at.slot * Shape::kStageBytes;
     mbarrier_wait(shared + Shape::kFull + at.slot * 8, at.parity);
     const uint64_t q = descriptor_k(tiles), k = descriptor_k(tiles + Shape::kK);
@@ -87,11 +96,12 @@ YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, float scale, co
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < kDimK / 16; ++d) {
-      const uint64_t step = descriptor_step(d / 4 * kPanelBytes + d % 4 * 32);
-      wgmma<T, Major::K, Major::K>(s, q + step, k + step, d > 0);
+      const int step = d / 4 * kPanelBytes + d % 4 * 32;
+      wgmma<T, Major::K, Major::K>(s, further(q, step), further(k, step), d > 0);
     }
     wgmma_commit();
 
+    const float scale = b.score_scale;
     const ChunkGates& gate = gates[at.slot];
     const float2 b_i[2] = {gate.sum[warp * 16 + lane_row], gate.sum[warp * 16 + lane_row + 8]};
     const float2 b_r = gate.sum[warp * 16 + (b.reverse ? 15 : 0)];
@@ -131,6 +141,7 @@ YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, float scale, co
     if (lane == 0) {
       mbarrier_arrive(shared + Shape::kScoresFull + to.slot * 8);
       mbarrier_arrive(shared + Shape::kEmpty + at.slot * 8);
+      if constexpr (Shape::kEarlyQ) mbarrier_arrive(shared + Shape::kEmptyQ + at.slot * 8);
     }
   }
 }
@@ -152,6 +163,9 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
   const int64_t num_chunks = chunks_of(seq.length), segments = segments_of(num_chunks, p.segments);
   if (item.segment >= segments || (p.states_only && item.segment == segments - 1)) return;
   const KeyRange range = segment_chunks(num_chunks, segments, item.segment);
+  extern __shared__ uint8_t shared_raw[];
+  const uint32_t shared = (shared_address(shared_raw) + 1023) / 1024 * 1024;
+  uint8_t* const shared_bytes = shared_raw + (shared - shared_address(shared_raw));
   __shared__ RunBlock b;
   if (threadIdx.x == 0) {
     b.n = static_cast<int>(item.n), b.head = static_cast<int>(item.head), b.segment = item.segment;
@@ -160,18 +174,27 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
     b.length = static_cast<int>(seq.length);
     b.num_chunks = static_cast<int>(num_chunks), b.segments = static_cast<int>(segments);
     b.begin = static_cast<int>(range.begin), b.end = static_cast<int>(range.end);
+    b.tiles = shared;
+    b.score_scale = run.score_scale;
     b.reverse = run.reverse, b.outputs = !p.states_only, b.packed = p.cu_seqlens != nullptr;
+    if constexpr (kBackward) {
+      const int64_t slot = first_group_slot(p, item.n, seq.begin);
+      for (int part = 0; part < Shape::kGroups; ++part) {
+        const int64_t part_head = (item.column / 64 + part) * p.heads + item.head;
+        b.dots[part] = run.dots + (part_head * p.batch + seq.batch) * p.time;
+        b.boundary[part] = run.boundary + part_head * group_slots(p) + slot;
+      }
+      b.anchor_states = run.group_states + ((slot * p.heads + item.head) * p.blocks_v + item.block_v) * kDimK * kBlockV;
+      b.anchor_stride = p.heads * p.blocks_v;
+    }
   }
-
-  extern __shared__ uint8_t shared_raw[];
-  const uint32_t shared = (shared_address(shared_raw) + 1023) / 1024 * 1024;
-  uint8_t* const shared_bytes = shared_raw + (shared - shared_address(shared_raw));
   ChunkGates* const gates = reinterpret_cast<ChunkGates*>(shared_bytes + Shape::kGates);
   if (threadIdx.x == 0) {
     const int state_warps = 4 * Shape::kGroups;
     for (int s = 0; s < Shape::kStages; ++s) {
       mbarrier_init(shared + Shape::kFull + s * 8, 2);  // tiles, gates
       mbarrier_init(shared + Shape::kEmpty + s * 8, state_warps + (p.states_only ? 0 : 4));
+      if (Shape::kEarlyQ) mbarrier_init(shared + Shape::kEmptyQ + s * 8, state_warps + 4);
     }
     for (int s = 0; s < Shape::kScoreStages; ++s) {
       mbarrier_init(shared + Shape::kScoresFull + s * 8, 4);
@@ -192,27 +215,20 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
     }
   } else if (warpgroup == 1) {
     give_registers<Shape::kScoreRegisters>();
-    if (!p.states_only) make_scores<T, kDimK, Shape>(shared, b, run.score_scale, gates);
+    if (!p.states_only) make_scores<T, kDimK, Shape>(shared, b, gates);
   } else {
     take_registers<Shape::kStateRegisters>();
     const int group = Shape::kGroups == 1 ? 0 : warpgroup - 2;
     const StateOwner<kDimK, Shape> owner{group, group * kWarpgroup + static_cast<int>(threadIdx.x % kWarpgroup)};
     const CUtensorMap& out = maps.runs[item.run].o;
-    GateSums sums{};
-    if constexpr (kBackward) {
-      const int64_t part_heads = (b.column / 64 + group) * p.heads + b.head;
-      sums.tokens = run.dots + (part_heads * p.batch + b.batch) * p.time;
-      sums.dots = reinterpret_cast<float*>(shared_bytes + Shape::kDots) + group * 8 * kChunk;
-      sums.warps = reinterpret_cast<float*>(shared_bytes + Shape::kWarpSums) + group * 4;
-    }
     float state[kDimK / 2], decay;
     load_state(state, owner, b, p, run);
     if (p.states_only) {
-      decay = carry_state<T, kDimK, false, false>(state, shared, owner, b, p, run, out, gates, sums);
+      decay = carry_state<T, kDimK, false, false, Shape>(state, shared, shared_bytes, b, out);
     } else if (kBackward && run.x.data != nullptr) {
-      decay = carry_state<T, kDimK, true, kBackward>(state, shared, owner, b, p, run, out, gates, sums);
+      decay = carry_state<T, kDimK, true, kBackward, Shape>(state, shared, shared_bytes, b, out);
     } else {
-      decay = carry_state<T, kDimK, true, false>(state, shared, owner, b, p, run, out, gates, sums);
+      decay = carry_state<T, kDimK, true, false, Shape>(state, shared, shared_bytes, b, out);
     }
     store_state(state, decay, owner, b, p, run);
   }
