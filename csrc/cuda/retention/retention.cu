@@ -130,14 +130,18 @@ constexpr int kHopperPart = 64;
 
 constexpr int64_t round_up(int64_t n) { return ceil_div(n, 256) * 256; }
 
-// dim_k and dim_v: the largest of the runs. num_runs: that run at the same time.
-Plan make_plan(const RetentionParams& p, int64_t dim_k, int64_t dim_v, int64_t num_runs, const Launch& launch) {
+// dim_k and dim_v: the largest of the runs. num_runs: that run at the same time. v_turns: by rotary, in one of them.
+Plan make_plan(const RetentionParams& p, int64_t dim_k, int64_t dim_v, int64_t num_runs, const Launch& launch,
+               bool v_turns = false) {
   Plan plan{};
   const int64_t sms = std::max(sm_count(launch.device), 1);
   const int64_t rows = p.num_sequences * p.heads * num_runs;
   plan.simple = p.dtype == DType::kFloat32;
   plan.instance = plan.simple ? RetentionInstance{static_cast<int32_t>(dim_k), kSimpleBlockV}
                               : retention_instance(dim_k, dim_v, rows, sms);
+  // The Hopper kernels turn the halves of v against each other inside one block.
+  const bool halves = v_turns && !plan.simple && !p.rotary.interleaved && p.rotary.dim > plan.instance.block_v;
+  if (halves && plan.instance.dim_k == 128 && compute_capability(launch.device) == 90) plan.instance.block_v = 128;
   plan.blocks_v = ceil_div(dim_v, plan.instance.block_v);
   plan.segments = plan.simple ? 1 : retention_segments(rows * plan.blocks_v, p.time, sms);
   const int64_t size = block_state_size(plan.instance);
@@ -182,8 +186,7 @@ const char* launch_instance(const RetentionGrid& grid, const Plan& plan, const L
 // Whether the Hopper kernels take these runs. The runs of one backward must agree: they hand states to each other.
 bool takes_hopper(const RetentionGrid& grid, const Plan& plan, const Launch& launch) {
 #if YOCO_HAS_SM90
-  return !plan.simple && grid.rotary.inv_freq == nullptr && compute_capability(launch.device) == 90 &&
-         retention_fits_sm90(grid);
+  return !plan.simple && compute_capability(launch.device) == 90 && retention_fits_sm90(grid, plan.instance);
 #else
   return false;
 #endif
@@ -253,7 +256,7 @@ BackwardPlan make_backward_plan(const RetentionBackwardParams& p, const Launch& 
   // The three runs swap dim_k and dim_v; one instance that takes either way round serves all.
   const int64_t dim = std::max(p.dim_k, p.dim_v);
   BackwardPlan plan;
-  plan.first = plan.second = make_plan(p, dim, dim, 1, launch);
+  plan.first = plan.second = make_plan(p, dim, dim, 1, launch, p.rotary.inv_freq != nullptr);
   // dk finds the states that dq left in the order of the same instance, so only the segments may differ.
   if (!plan.first.simple) {
     const int64_t sms = std::max(sm_count(launch.device), 1);

@@ -15,13 +15,22 @@ struct PairAngle {
 // Where a pair's angle lies in shared memory: eight pairs, then 16 bytes that put the next eight into other banks.
 YOCO_HOST_DEVICE constexpr int angle_slot(int pair) { return pair + pair / 8 * 2; }
 
-// One chunk's angles; thread i makes those of pair i. position: of the chunk's row 0.
-YOCO_DEVICE void write_angles(PairAngle* angles, const uint64_t* turns, int pairs, int64_t position, bool reverse) {
-  const int pair = threadIdx.x;
-  if (pair >= pairs) return;
-  const uint64_t step = turns[pair], first = step * static_cast<uint64_t>(position);
-  angles[angle_slot(pair)] = {static_cast<uint32_t>(first >> 32),
-                              static_cast<uint32_t>((reverse ? 0 - step : step) >> 32)};
+// turns: per position; position: of the chunk's row 0.
+YOCO_DEVICE PairAngle chunk_angle(uint64_t turns, int64_t position, bool reverse) {
+  const uint64_t first = turns * static_cast<uint64_t>(position), step = reverse ? 0 - turns : turns;
+  return {static_cast<uint32_t>(first >> 32), static_cast<uint32_t>(step >> 32)};
+}
+
+// Cosines and sines of eight pairs at one row; the angle of pair i is half of angle[i / 2].
+YOCO_DEVICE void turn_angles(float (&cos)[8], float (&sin)[8], const uint4 (&angle)[4], int row, float sign) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t first = i % 2 == 0 ? angle[i / 2].x : angle[i / 2].z;
+    const uint32_t step = i % 2 == 0 ? angle[i / 2].y : angle[i / 2].w;
+    // Within half a turn of 0, where the fast sine and cosine are good to 2^-20.
+    const float radians = static_cast<float>(static_cast<int32_t>(first + row * step)) * 1.4629180792671596e-9f;
+    cos[i] = __cosf(radians), sin[i] = __sinf(radians) * sign;
+  }
 }
 
 // Eight pairs of one row: kAdjacent (2i, 2i + 1) of the 16 columns in x and y, else (i of x, i of y).
@@ -58,14 +67,7 @@ YOCO_DEVICE void turn_tiles_as(const uint32_t (&tiles)[kTiles], const PairAngle*
     for (int row0 = 0; row0 < kChunk; row0 += kThreads / 4) {
       const int row = row0 + threadIdx.x / 4;
       float cos[8], sin[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t first = i % 2 == 0 ? angle[i / 2].x : angle[i / 2].z;
-        const uint32_t step = i % 2 == 0 ? angle[i / 2].y : angle[i / 2].w;
-        // Within half a turn of 0, where the fast sine and cosine are good to 2^-20.
-        const float radians = static_cast<float>(static_cast<int32_t>(first + row * step)) * 1.4629180792671596e-9f;
-        cos[i] = __cosf(radians), sin[i] = __sinf(radians) * sign;
-      }
+      turn_angles(cos, sin, angle, row, sign);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const uint32_t at = tiles[tile] + tile_offset(row, panel * 64 + unit * 16);

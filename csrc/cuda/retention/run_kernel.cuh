@@ -111,9 +111,10 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::
   [[maybe_unused]] uint64_t* const turns = reinterpret_cast<uint64_t*>(shared_bytes + Shape::kTurns);
   [[maybe_unused]] PairAngle* const angles = reinterpret_cast<PairAngle*>(shared_bytes + Shape::kAngles);
   [[maybe_unused]] const auto make_angles = [&](int64_t c, int stage) {
+    if (threadIdx.x >= kDimK / 2) return;  // the others make those of a pair each
     const int64_t offset = p.rotary.offsets == nullptr ? 0 : p.rotary.offsets[n];
-    write_angles(angles + stage * Shape::kAngleSlots, turns, kDimK / 2,
-                 offset + c * kChunk + (reverse ? rows_of(c) - 1 : 0), reverse);
+    const int64_t position = offset + c * kChunk + (reverse ? rows_of(c) - 1 : 0);
+    angles[stage * Shape::kAngleSlots + angle_slot(threadIdx.x)] = chunk_angle(turns[threadIdx.x], position, reverse);
   };
   if constexpr (kRotary) {
     if (threadIdx.x < kDimK / 2) {

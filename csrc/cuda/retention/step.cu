@@ -18,7 +18,7 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kRowStep = kThreads / kLanes;
 constexpr int kMaxRows = 256 / kRowStep;  // per thread
 
-template <typename T, int kRows>
+template <typename T, int kRows, bool kRotary>
 __global__ void __launch_bounds__(kThreads)
     retention_step_kernel(const __grid_constant__ RetentionStepParams p, bool vectors, GateFormat gate_format) {
   const int dim_k = static_cast<int>(p.dim_k), dim_v = static_cast<int>(p.dim_v), time = static_cast<int>(p.time);
@@ -68,9 +68,10 @@ __global__ void __launch_bounds__(kThreads)
     decay[threadIdx.x] = expf(load_gate<T>(p.g.data, i, gate_format));
   }
   __syncthreads();
-  if (p.rotary.inv_freq != nullptr) {
+  if constexpr (kRotary) {
     const int pairs = static_cast<int>(p.rotary.dim / 2);
     const int64_t position = p.rotary.offsets == nullptr ? 0 : p.rotary.offsets[batch];
+#pragma unroll 1
     for (int i = threadIdx.x; i < time * pairs; i += kThreads) {
       const int t = i / pairs, pair = i % pairs;
       const int a = t * dim_k + (p.rotary.interleaved ? 2 * pair : pair), b = a + (p.rotary.interleaved ? 1 : pairs);
@@ -146,7 +147,11 @@ const char* retention_step(const RetentionStepParams& p, const Launch& launch) {
   const size_t shared = p.time * (2 * p.dim_k + kColumns + kWarps * kColumns + 1) * sizeof(float);
   return YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* {
     // Rows of the state per thread: 32 registers up to dim_k = 128, 64 up to 256.
-    const auto kernel = p.dim_k <= 128 ? retention_step_kernel<T, kMaxRows / 2> : retention_step_kernel<T, kMaxRows>;
+    const bool rotary = p.rotary.inv_freq != nullptr;
+    const auto kernel =
+        p.dim_k <= 128
+            ? (rotary ? retention_step_kernel<T, kMaxRows / 2, true> : retention_step_kernel<T, kMaxRows / 2, false>)
+            : (rotary ? retention_step_kernel<T, kMaxRows, true> : retention_step_kernel<T, kMaxRows, false>);
     return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared, launch, p, vectors,
                          gate_format);
   });

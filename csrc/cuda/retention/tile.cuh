@@ -104,13 +104,13 @@ YOCO_DEVICE void load_tile(uint32_t tile, const ChunkRows<T>& from, int dim, boo
   if (vectors) {
 #pragma unroll
     for (int i = 0; i < kChunk / kStep; ++i) {
-      const T* p = from.first + (row0 + i * kStep) * from.stride;
+      const T* p = from.first + (row0 + i * kStep) * from.stride + place(piece * 8);
 #pragma unroll
       for (int panel = 0; panel < kCols / 64; ++panel) {
         const int bytes = row0 + i * kStep < from.rows && panel * 64 + piece * 8 < dim ? 16 : 0;
         asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to + panel * kPanelBytes +
                                                                                       i * kStep * 128),
-                     "l"(p + place(panel * 64 + piece * 8)), "r"(bytes)
+                     "l"(p + (place(panel * 64 + piece * 8) - place(piece * 8))), "r"(bytes)
                      : "memory");
       }
     }

@@ -5,13 +5,14 @@
 #include "cuda/core/reduce.cuh"
 #include "cuda/core/sm90.cuh"
 #include "cuda/retention/item.cuh"
+#include "cuda/retention/rotate.cuh"
 #include "cuda/retention/sm90/run.h"
-#include "cuda/retention/tile.cuh"
 
 namespace yoco::cuda::sm90 {
 
-template <int kDimK, int kBlockV, bool kBackward>
+template <int kDimK, int kBlockV, bool kBackward, bool kTurned>
 struct RunShape {
+  static constexpr bool kRotary = kTurned;
   static constexpr int kGroups = kBlockV / 64;  // warpgroups that hold the state, 64 columns of v each
   static constexpr int kThreads = (2 + kGroups) * kWarpgroup;
   // dim_k = 64 leaves room for two blocks on an SM; the others fill it with stages.
@@ -40,10 +41,13 @@ struct RunShape {
   static constexpr int kGates = kOut + (kOutInStage ? 0 : kTileV);
   static constexpr int kDots = kGates + kStages * static_cast<int>(sizeof(ChunkGates));
   static constexpr int kWarpSums = kDots + (kBackward ? kGroups * 8 * kChunk * 4 : 0);
-  static constexpr int kFull = kWarpSums + (kBackward ? kGroups * 16 : 0), kEmpty = kFull + 8 * kStages;
+  static constexpr int kAngleSlots = kRotary ? angle_slot(kDimK / 2) : 0;
+  static constexpr int kAngles = kWarpSums + (kBackward ? kGroups * 16 : 0);
+  static constexpr int kFull = kAngles + kStages * kAngleSlots * 8, kEmpty = kFull + 8 * kStages;
   static constexpr int kEmptyQ = kEmpty + 8 * kStages;  // with kEarlyQ
   static constexpr int kScoresFull = kEmptyQ + 8 * kStages, kScoresEmpty = kScoresFull + 8 * kScoreStages;
-  static constexpr int kBytes = kScoresEmpty + 8 * kScoreStages + 1024;  // + alignment
+  static constexpr int kTilesTurned = kScoresEmpty + 8 * kScoreStages;
+  static constexpr int kBytes = kTilesTurned + (kRotary ? 8 * kStages : 0) + 1024;  // + alignment
   static_assert(kBlocksPerSM * (kBytes + 1024) <= 228 * 1024);
 };
 
@@ -88,6 +92,11 @@ struct RunBlock {
   float* boundary[2];    // [part], [groups of chunks of the sequence]
   float* anchor_states;  // the state at the anchor of each group, anchor_stride states apart
   int64_t anchor_stride;
+  // Rotary: v, x and o turn, or q and k. The tiles' first pair, how many turn from there on, and how far the columns of
+  // a pair are apart in pieces of 8 columns (0: neighbours).
+  bool rotate_v;
+  int first_pair, pairs, half_pieces;
+  int64_t position;  // of the sequence's first token
 
   // A chunk's tokens: [end - count, end) of the batch row.
   struct Chunk {

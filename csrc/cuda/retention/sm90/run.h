@@ -21,8 +21,9 @@ struct RetentionMaps {
   } runs[2];
 };
 
-// TMA can reach every tensor of every run of the grid (strides are multiples of 16 bytes, nothing is broadcast).
-bool retention_fits_sm90(const RetentionGrid& p);
+// TMA can reach every tensor of every run of the grid (strides are multiples of 16 bytes, nothing is broadcast). With
+// rotary: the instance has up to 128 columns of k, and pairs of halves lie in pieces of 8 columns of one block.
+bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instance);
 
 // One pass of p's runs; an instance per launch file in retention/sm90/instances.
 template <typename T, int kDimK, int kBlockV, bool kBackward>

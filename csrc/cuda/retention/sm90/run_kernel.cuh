@@ -10,6 +10,8 @@
 // A operand of the other two products, so every product has its A in registers and its B as TMA or stmatrix left it.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/retention/sm90/state.cuh"
 
 namespace yoco::cuda::sm90 {
@@ -46,7 +48,7 @@ YOCO_DEVICE void load_tiles(uint32_t shared, const RunBlock& b, const RetentionM
   }
 }
 
-template <typename T, typename Shape>
+template <typename T, int kDimK, typename Shape>
 YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const RetentionGrid& p, const RetentionRun& run,
                                   ChunkGates* gates) {
   // Row r of the tiles is token r of the chunk in both directions; backwards, the run visits row 63 first.
@@ -61,6 +63,14 @@ YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const Rete
   constexpr int kWarps = Shape::kStages < 3 ? Shape::kStages : 3;
   const int own = threadIdx.x / 32 - 1;
   if (own >= kWarps) return;
+  [[maybe_unused]] uint64_t turns[kDimK / 64];  // of this lane's pairs, per position; 0: stays as it is
+  if constexpr (Shape::kRotary) {
+#pragma unroll
+    for (int j = 0; j < kDimK / 64; ++j) {
+      const int pair = j * 32 + threadIdx.x % 32;
+      turns[j] = pair < p.rotary.dim / 2 ? turns_per_position(p.rotary.inv_freq[pair]) : 0;
+    }
+  }
   RingPosition<Shape::kStages> at;
   const auto skip = [&](int chunks) {
     for (int j = 0; j < chunks; ++j) at.advance();
@@ -73,13 +83,16 @@ YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const Rete
     if (i + kWarps < b.end) next = read(i + kWarps);
     mbarrier_wait(shared + Shape::kEmpty + at.slot * 8, at.parity ^ 1);
     scan_gates(gates[at.slot], g, !b.reverse, run.row_scale, run.update_scale, flip);
+    if constexpr (Shape::kRotary) {
+      write_angles<kDimK / 2>(stage_angles<Shape>(shared, at.slot), turns, b, b.chunk(i));
+    }
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared + Shape::kFull + at.slot * 8);
   }
 }
 
 // ---- scores
-template <typename T, int kDimK, typename Shape>
+template <typename T, int kDimK, int kBlockV, typename Shape>
 YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, const ChunkGates* gates) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
   // Where this lane points stmatrix in the 16 x 64 rows of its warp, columns 0-15: matrices (rows 0-7, 8-15) x (columns
@@ -91,6 +104,10 @@ YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, const ChunkGate
     const auto to = rings.scores(i - b.begin);
     const uint32_t tiles = shared + at.slot * Shape::kStageBytes;
     mbarrier_wait(shared + Shape::kFull + at.slot * 8, at.parity);
+    if constexpr (Shape::kRotary) {
+      turn_stage<T, kDimK, kBlockV, Shape>(shared, b, at.slot);
+      mbarrier_wait(shared + Shape::kTilesTurned + at.slot * 8, at.parity);
+    }
     const uint64_t q = descriptor_k(tiles), k = descriptor_k(tiles + Shape::kK);
     float s[32];
     wgmma_fence();
@@ -146,12 +163,22 @@ YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, const ChunkGate
   }
 }
 
+// Without outputs there are no scores, but what goes into the state turns.
+template <typename T, int kDimK, int kBlockV, typename Shape>
+YOCO_DEVICE void turn_only(uint32_t shared, const RunBlock& b) {
+  RingPosition<Shape::kStages> at;
+  for (int i = b.begin; i < b.end; ++i, at.advance()) {
+    mbarrier_wait(shared + Shape::kFull + at.slot * 8, at.parity);
+    turn_stage<T, kDimK, kBlockV, Shape>(shared, b, at.slot);
+  }
+}
+
 // ---- kernel
-template <typename T, int kDimK, int kBlockV, bool kBackward>
-__global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
-                                  RunShape<kDimK, kBlockV, kBackward>::kBlocksPerSM)
+template <typename T, int kDimK, int kBlockV, bool kBackward, bool kRotary>
+__global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::kThreads,
+                                  RunShape<kDimK, kBlockV, kBackward, kRotary>::kBlocksPerSM)
     retention_run_kernel(const __grid_constant__ RetentionGrid p, const __grid_constant__ RetentionMaps maps) {
-  using Shape = RunShape<kDimK, kBlockV, kBackward>;
+  using Shape = RunShape<kDimK, kBlockV, kBackward, kRotary>;
   const RunItem item = run_item(p, kBlockV);
   const RetentionRun& run = p.runs[item.run];
   if (item.columns <= 0) return;
@@ -187,6 +214,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
       b.anchor_states = run.group_states + ((slot * p.heads + item.head) * p.blocks_v + item.block_v) * kDimK * kBlockV;
       b.anchor_stride = p.heads * p.blocks_v;
     }
+    if constexpr (kRotary) set_turning(b, p.rotary, run);
   }
   ChunkGates* const gates = reinterpret_cast<ChunkGates*>(shared_bytes + Shape::kGates);
   if (threadIdx.x == 0) {
@@ -200,6 +228,9 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
       mbarrier_init(shared + Shape::kScoresFull + s * 8, 4);
       mbarrier_init(shared + Shape::kScoresEmpty + s * 8, state_warps);
     }
+    if constexpr (kRotary) {
+      for (int s = 0; s < Shape::kStages; ++s) mbarrier_init(shared + Shape::kTilesTurned + s * 8, 4);
+    }
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -211,11 +242,15 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward>::kThreads,
       if (threadIdx.x == 0)
         load_tiles<Shape>(shared, b, maps.runs[item.run], kBackward && !p.states_only && run.x.data != nullptr);
     } else {
-      load_chunk_gates<T, Shape>(shared, b, p, run, gates);
+      load_chunk_gates<T, kDimK, Shape>(shared, b, p, run, gates);
     }
   } else if (warpgroup == 1) {
     give_registers<Shape::kScoreRegisters>();
-    if (!p.states_only) make_scores<T, kDimK, Shape>(shared, b, gates);
+    if (!p.states_only) {
+      make_scores<T, kDimK, kBlockV, Shape>(shared, b, gates);
+    } else if constexpr (kRotary) {
+      turn_only<T, kDimK, kBlockV, Shape>(shared, b);
+    }
   } else {
     take_registers<Shape::kStateRegisters>();
     const int group = Shape::kGroups == 1 ? 0 : warpgroup - 2;
@@ -240,11 +275,17 @@ namespace yoco::cuda {
 
 template <typename T, int kDimK, int kBlockV, bool kBackward>
 const char* launch_retention_sm90(const RetentionGrid& p, const RetentionMaps& maps, const Launch& launch) {
-  using Shape = sm90::RunShape<kDimK, kBlockV, kBackward>;
   const int64_t blocks = run_blocks(p);
   if (blocks > INT32_MAX) return "gated_retention: more than 2^31 blocks";
-  return launch_kernel(sm90::retention_run_kernel<T, kDimK, kBlockV, kBackward>, dim3(static_cast<unsigned>(blocks)),
-                       Shape::kThreads, Shape::kBytes, launch, p, maps);
+  const auto run = [&](auto rotary) {
+    using Shape = sm90::RunShape<kDimK, kBlockV, kBackward, rotary>;
+    return launch_kernel(sm90::retention_run_kernel<T, kDimK, kBlockV, kBackward, rotary>,
+                         dim3(static_cast<unsigned>(blocks)), Shape::kThreads, Shape::kBytes, launch, p, maps);
+  };
+  if constexpr (kDimK <= 128) {
+    if (p.rotary.inv_freq != nullptr) return run(std::true_type{});
+  }
+  return run(std::false_type{});
 }
 
 #define YOCO_RETENTION_SM90_INSTANCES(T, kDimK, kBlockV)                                                           \

@@ -1,7 +1,7 @@
 // The warpgroups of a Hopper run that hold the state: 64 columns of v each.
 #pragma once
 
-#include "cuda/retention/sm90/block.cuh"
+#include "cuda/retention/sm90/rotate.cuh"
 
 namespace yoco::cuda::sm90 {
 
@@ -184,6 +184,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
     };
     if constexpr (kOutputs) make_operands(0);
     mbarrier_wait(shared + Shape::kFull + at.slot * 8, at.parity);
+    if constexpr (Shape::kRotary) mbarrier_wait(shared + Shape::kTilesTurned + at.slot * 8, at.parity);
     const float total = gate.total;
     if constexpr (!kOutputs) segment_decay *= total;
     if constexpr (kOutputs) {
@@ -341,8 +342,16 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
         stmatrix_trans(out + place.store() + k * 16 * 128, pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]),
                        pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
       }
-      fence_async_proxy();
-      named_sync(1 + group, kWarpgroup);
+      if constexpr (kDots && Shape::kRotary) {  // dq and dk turn back; a pair's columns may be in both groups' panels
+        named_sync(3, Shape::kGroups * kWarpgroup);
+        turn_tiles<T, Shape::kGroups * 64, Shape::kGroups * kWarpgroup>({out}, stage_angles<Shape>(shared, at.slot), b,
+                                                                        owner().thread, -1.f);
+        fence_async_proxy();
+        named_sync(3, Shape::kGroups * kWarpgroup);
+      } else {
+        fence_async_proxy();
+        named_sync(1 + group, kWarpgroup);
+      }
       const RunBlock::Chunk c = b.chunk(i);
       if (row == 0 && group * 64 < b.columns) {
         tma_store_panel(out_map, out + place.panel(), b.column + group * 64, chunk_box(b, c));
