@@ -105,14 +105,25 @@ def differential(device, dtype, time, heads, dim, *, batch=1, backward=False) ->
     return _case("differential", shape, dtype, flops, bytes_, runs, [q, k, v], backward)
 
 
-def retention(device, dtype, batch, time, heads, dim, *, backward=False, reference=False, compiled=True) -> Case:
+def retention(
+    device, dtype, batch, time, heads, dim, *, backward=False, reference=False, compiled=True, rotary=False
+) -> Case:
+    """rotary: of q and k on load, against rotary before."""
     q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
     g = torch.nn.functional.logsigmoid(torch.randn(batch, time, heads, device=device)).div(16).requires_grad_(backward)
     runs = {OURS: lambda q, k, v, g: yoco_ext.gated_retention(q, k, v, g)}
+    inv_freq = 10_000.0 ** -torch.linspace(0, 1, dim // 2, device=device)
+    if rotary:
+        runs = {
+            OURS: lambda q, k, v, g: yoco_ext.gated_retention(q, k, v, g, inv_freq=inv_freq),
+            "rotary before": lambda q, k, v, g: yoco_ext.gated_retention(
+                yoco_ext.rotary(q, inv_freq), yoco_ext.rotary(k, inv_freq), v, g
+            ),
+        }
     # Its loop over chunks is unrolled: minutes of compiling beyond that.
-    if compiled and (device.type == "cpu" or time <= 4096):
+    elif compiled and (device.type == "cpu" or time <= 4096):
         runs["chunkwise compiled"] = lambda q, k, v, g: peers.compiled_retention()(q, k, v, g)
-    if device.type == "cuda":
+    if device.type == "cuda" and not rotary:
         runs |= peers.gpu_retention_peers()
     if reference:
         runs["reference"] = lambda q, k, v, g: yoco_ext.reference.gated_retention(q, k, v, g)
@@ -120,7 +131,8 @@ def retention(device, dtype, batch, time, heads, dim, *, backward=False, referen
     flops = batch * time * heads * (4 * dim * dim + (chunk + 1) * 2 * dim)
     bytes_ = 4 * q.numel() * SIZE[dtype] + 4 * g.numel()
     shape = f"B{batch} T{time} H{heads} D{dim}"
-    return _case("retention", shape, dtype, flops, bytes_, runs, [q, k, v, g], backward)
+    op = "retention with rotary" if rotary else "retention"
+    return _case(op, shape, dtype, flops, bytes_, runs, [q, k, v, g], backward)
 
 
 def _case(op, shape, dtype, flops, bytes_, runs, inputs, backward) -> Case:
@@ -193,6 +205,8 @@ def cpu_suite(quick: bool) -> Iterator[Case]:
             for time in times:
                 yield retention(device, dtype, 1, time, 8, dim, reference=time == 4096)
             yield retention(device, dtype, 1, 4096, 8, dim, backward=True)
+            for backward in (False, True):
+                yield retention(device, dtype, 1, 4096, 8, dim, backward=backward, rotary=True)
     yield differential(device, torch.bfloat16, 4096, 4, 64)
     yield differential(device, torch.bfloat16, 4096, 4, 64, backward=True)
     for cache_dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
@@ -250,6 +264,8 @@ def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> Iter
     for shape in shapes:
         for backward in (False, True):
             yield retention(device, dtype, *shape, backward=backward, compiled=not quick or shape is shapes[-1])
+            if not quick or shape is shapes[3]:
+                yield retention(device, dtype, *shape, backward=backward, rotary=True)
     if not quick:
         yield retention(device, dtype, 1, 2**20, 24, 128)
     yield from launch(device, dtype)

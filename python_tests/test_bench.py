@@ -37,6 +37,7 @@ def test_every_case_of_the_gpu_suite_runs_without_memory() -> None:
         *(f"retention {way} B{b} T{t} H{h} D{d}" for way in ("forward", "backward") for b, t, h, d in
           ((1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (4, 4096, 64, 128), (8, 2048, 32, 256),
            (8, 1024, 8, 64))),
+        *(f"retention with rotary {way} B4 T4096 H64 D128" for way in ("forward", "backward")),
         *(f"differential {way} B2 T8192 H{1024 // d} D{d}/{2 * d} causal"
           for way in ("forward", "backward") for d in (64, 128)),
         "retention forward B1 T1048576 H24 D128",
