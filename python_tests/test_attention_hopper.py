@@ -1,4 +1,4 @@
-"""Attention forward where the Hopper kernels differ: tiles of whole tokens, more tiles than SMs, what TMA brings along.
+"""Attention where the Hopper kernels differ: tiles of whole tokens, more tiles than SMs, what TMA brings along.
 
 The same rules hold on every back end, so every back end runs them; the shapes are chosen for csrc/cuda/attention/sm90.
 """
@@ -6,11 +6,12 @@ The same rules hold on every back end, so every back end runs them; the shapes a
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from attention_cases import attend, int32, tensors
-from numerics import assert_rule, bitwise_equal
+from attention_cases import attend, check, int32, random_int32, tensors
+from numerics import assert_rule, bitwise_equal, run_with_gradients
 
 from yoco_ext import reference
 
@@ -85,3 +86,59 @@ def test_a_query_block_longer_than_announced(backend, dtype):
     out, lse = attend(backend.ops)(**inputs, **bounds, max_seqlen_q=20, max_seqlen_k=30)
     expected = attend(backend.ops)(**inputs, **bounds, max_seqlen_q=440, max_seqlen_k=260)
     assert bitwise_equal(out, expected[0]) and bitwise_equal(lse, expected[1])
+
+
+@dtypes
+@pytest.mark.parametrize("dims", [(256, 256), (136, 256), (192, 144)], ids=str)
+@pytest.mark.parametrize("case", ["causal", "window", "prefix", "packed", "latents", "group of 5", "deterministic"])
+def test_backward_of_wide_heads(backend, dtype, dims, case):
+    """Above head dim 128 dK and dV have one warpgroup each: several key tiles, walks of one row tile and of many."""
+    time = (150, 200)
+    options: dict[str, Any] = {}
+    inputs = tensors(
+        backend,
+        dtype,
+        time,
+        batch=1,
+        heads=(5, 1) if case == "group of 5" else (2, 1),
+        dims=dims,
+        sinks=case == "latents",
+        latents=70 if case == "latents" else None,
+    )
+    if case == "window":
+        options = {"window": (20, 3)}
+    elif case == "prefix":
+        options = {"prefix_len": random_int32(backend, 0, 200, 1, 150)}
+    elif case == "packed":
+        options = {
+            "cu_seqlens_q": int32(backend, 0, 3, 3, 120),
+            "cu_seqlens_k": int32(backend, 0, 70, 71, 190),
+            "seqused_k": int32(backend, 65, 1, 90),
+        }
+    elif case == "latents":
+        options = {
+            "latent_begin": random_int32(backend, 0, 30, 1, 150),
+            "latent_end": random_int32(backend, 20, 70, 1, 150),
+        }
+    elif case == "deterministic":
+        options = {"deterministic": True}
+    check(backend, inputs, **options)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_gradients_of_keys_before_a_bad_row(backend, dtype, dim):
+    """A row shares its tile with keys it does not see: its NaN must not reach them, whichever gradient it spoils."""
+    inputs = tensors(backend, dtype, (90, 90), batch=1, heads=(2, 1), dims=(dim, dim))
+    upstream = [torch.randn_like(x) for x in attend(backend.ops)(**inputs)]
+    _, clean = run_with_gradients(attend(backend.ops), inputs, {}, upstream, "qkv")
+    inputs["v"][0, 70] = math.inf  # dP of rows 70 on: dQ, and dK of all they see
+    upstream[0][0, 40, 1] = math.nan  # dV and dK of keys up to 40
+    _, found = run_with_gradients(attend(backend.ops), inputs, {}, upstream, "qkv")
+    assert found["v"][0, :41].isnan().all() and found["k"][0, :41].isnan().all()
+    assert found["v"][0, 41:].isfinite().all()
+    assert_close = torch.testing.assert_close
+    assert_close(found["v"][0, 41:], clean["v"][0, 41:], rtol=0.02, atol=0.02)
+    assert not found["k"][0, 41:].isfinite().any()
+    assert found["q"][0, :40].isfinite().all() and not found["q"][0, 70:].isfinite().any()
+    assert_close(found["q"][0, :40], clean["q"][0, :40], rtol=0.02, atol=0.02)

@@ -109,6 +109,22 @@ def test_seqused_k(backend, dtype, causal):
 
 
 @dtypes
+@pytest.mark.parametrize("dim", [32, 256])
+def test_seqused_k_under_a_bad_output_gradient(backend, dtype, dim):
+    """NaN in d_out reaches the keys its rows see, not those that seqused_k leaves out."""
+    inputs = tensors(backend, dtype, (66, 140), batch=2, dims=(dim, dim))
+    used = [140, 77]
+    options = {"seqused_k": int32(backend, *used), "causal": False}
+    upstream = [torch.randn_like(x) for x in attend(backend.ops)(**inputs, **options)]
+    upstream[0][1, 5] = math.nan
+    _, gradients = run_with_gradients(attend(backend.ops), inputs, options, upstream, "qkv")
+    for name in "kv":
+        assert gradients[name][0].isfinite().all(), name
+        assert gradients[name][1, : used[1]].isnan().all(), name
+        assert not gradients[name][1, used[1] :].any(), name
+
+
+@dtypes
 def test_padding_and_neighbours_are_never_seen(backend, dtype):
     """Packed sequences between NaN: a gap in the keys, rows behind the last boundary, NaN all around the tensors."""
     inputs = tensors(backend, dtype, (60, 90), batch=1, dims=(32, 32))

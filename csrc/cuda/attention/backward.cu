@@ -154,6 +154,7 @@ int instance(const AttentionParams& p) {
 int tile_keys(int d) { return d == 256 ? BackwardTiles<256>::kKeys : BackwardTiles<128>::kKeys; }
 static_assert(sm90::BackwardTiles<64>::kKeys == BackwardTiles<64>::kKeys);
 static_assert(sm90::BackwardTiles<128>::kKeys == BackwardTiles<128>::kKeys);
+static_assert(sm90::BackwardTiles<256>::kKeys == BackwardTiles<256>::kKeys);
 
 // What makes dK and dV; asked of the inputs as they came.
 struct Kernel {
@@ -260,8 +261,9 @@ const char* run_gradients(const AttentionBackwardParams& p, const BackwardPlan& 
     const int d = instance(p);
 #ifdef YOCO_HAS_SM90
     if (by_keys && kernel.hopper) {
-      message = (d == 64 ? sm90::launch_attention_backward<T, 64>
-                         : sm90::launch_attention_backward<T, 128>)(p, plan, kernel.tile_counter, launch);
+      message = (d == 64    ? sm90::launch_attention_backward<T, 64>
+                 : d == 128 ? sm90::launch_attention_backward<T, 128>
+                            : sm90::launch_attention_backward<T, 256>)(p, plan, kernel.tile_counter, launch);
     } else
 #endif
         if (by_keys) {

@@ -246,12 +246,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
+        // Keys that seqused_k leaves out: P = 0, but 0 * NaN of a row that is NaN is not.
+        const bool left_out = first + out_key + m * 16 + h * 8 + lane / 4 >= num_keys;
         float check = 0.f;
 #pragma unroll
         for (int i = 0; i < Config::kKeyCols / 8; ++i) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            dk[m][i][h * 2 + c] *= plan.scale;
+            dk[m][i][h * 2 + c] = left_out ? 0.f : dk[m][i][h * 2 + c] * plan.scale;
+            dv[m][i][h * 2 + c] = left_out ? 0.f : dv[m][i][h * 2 + c];
             check = fmaf(dk[m][i][h * 2 + c], 0.f, fmaf(dv[m][i][h * 2 + c], 0.f, check));
           }
         }

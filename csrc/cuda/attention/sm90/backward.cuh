@@ -3,8 +3,9 @@
 // A persistent CTA takes kKeys keys of one KV head at a time: K and V stay in shared memory while it walks over the
 // tiles of kRows rows (token x query head) that see these keys. One producer warp finds the tiles, moves Q and dO by
 // TMA into a ring and writes what each row of them needs: lse, delta and, at the edges of the mask, the keys it sees.
-// Two consumer warpgroups own 64 keys each; keys are the rows of their products, so that P^T and dS^T come out of the
-// softmax as operands of the next products and never leave the registers of dK and dV:
+// Two consumer warpgroups own 64 keys each (at D 256: see backward_wide.cuh); keys are the rows of their products, so
+// that P^T and dS^T come out of the softmax as operands of the next products and never leave the registers of dK and
+// dV:
 //   S^T = K Q^T, dP^T = V dO^T     WGMMA, both operands from shared memory
 //   P = exp2(S - lse), dS = P * (dP - delta)        float32, in registers
 //   dV += P^T dO, dK += dS^T Q     WGMMA, P^T and dS^T rounded to T from registers, dO and Q as they lie
@@ -15,9 +16,9 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/attention/sm90/backward_shared.cuh"
+#include "cuda/attention/sm90/backward_wide.cuh"
 
 namespace yoco::cuda::sm90 {
 
@@ -153,33 +154,6 @@ YOCO_DEVICE void produce(const AttentionBackwardParams& p, const BackwardPlan& p
 }
 
 // ---- a consumer warpgroup: keys 64 w .. 64 w + 63
-// Accumulators of the warp's keys (rows g and g + 8) to memory; lanes of a quad hold one key's columns.
-template <typename T, int N>
-YOCO_DEVICE void store_keys(const GradientRows& to, const float (&d)[N], int key0, int store_keys, float factor,
-                            int dim, const bool (&skip)[2]) {
-  const int lane = int(threadIdx.x % 32);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int key = key0 + lane / 4 + 8 * h;
-    const bool valid = key < store_keys && !skip[h];
-    if (!to.float32) {
-      store_row<T>(static_cast<T*>(to.data) + (valid ? key * to.stride : 0), d, h, factor, dim, valid, to.aligned);
-      continue;
-    }
-    if (!valid) continue;
-    float* const row = static_cast<float*>(to.data) + key * to.stride + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < N / 4; ++i) {
-      if (i * 8 + lane % 4 * 2 >= dim) continue;
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float x = d[i * 4 + h * 2 + c] * factor;
-        row[i * 8 + c] = to.accumulate ? row[i * 8 + c] + x : x;
-      }
-    }
-  }
-}
-
 template <typename Config>
 YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& plan, uint32_t shared) {
   using Shared = BackwardShared<Config>;
@@ -187,32 +161,24 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
   constexpr int kRows = Config::kRows, kKeys = Config::kKeys, kDim = Config::kDim;
   constexpr int kS = kRows / 2, kAcc = kDim / 2;
   const int warpgroup = uniform(int(threadIdx.x) / kWarpgroup) - 1, warp = uniform(int(threadIdx.x) / 32 % 4);
-  const int lane = int(threadIdx.x % 32), consumer = int(threadIdx.x) - kWarpgroup;
+  const int lane = int(threadIdx.x % 32);
   const int own_key = warpgroup * 64 + warp * 16 + lane / 4;  // and + 8
   const uint32_t piece = shared + Shared::kDQ + (warpgroup * 4 + warp) * (Config::kPiece * 4);
   // Where this lane's row of an 8 x 8 matrix of dS^T goes, for stmatrix.
   const int ds_key = warpgroup * 64 + warp * 16 + lane % 16;
   const uint32_t ds_lane = ds_key * 128 + (((lane / 16) ^ (ds_key & 7)) << 4);
   const float multiplier = plan.score.multiplier;
-  // Neighbours' rows and keys behind a sequence (TMA writes zeros behind the tensor itself).
-  const bool loose_rows = p.cu_seqlens_q != nullptr, loose_keys = p.cu_seqlens_k != nullptr || p.seqused_k != nullptr;
-  RingPosition<Config::kStages> at;
+  SlotReader<Config> slots(p, shared);
   RingPosition<2> at_ds;
-  uint32_t keys_parity = 0;
 
-  const auto next_header = [&] {
-    mbarrier_wait(shared + Shared::kFull + 8 * at.slot, at.parity);
-    const int4 v = load_shared_int4(shared + Shared::kHeader + at.slot * 16);
-    return make_int4(uniform(v.x), uniform(v.y), v.z, v.w);
-  };
   for (;;) {
-    int4 header = next_header();
-    if ((header.y & kNoMore) != 0) break;
-    const int index = uniform(header.z), first = uniform(header.w);
+    const int4 first_header = slots.next_header();
+    if ((first_header.y & kNoMore) != 0) break;
+    const int index = uniform(first_header.z), first = uniform(first_header.w);
     float dk[kAcc], dv[kAcc];
 #pragma unroll
     for (int i = 0; i < kAcc; ++i) dk[i] = dv[i] = 0.f;
-    float* dq_to = nullptr;  // where the dQ goes that is still to be made
+    int late_tile = 0;  // whose dQ is still to be made
     float dq[32];
     const auto issue_dq = [&] {
       const uint32_t slot = at_ds.slot ^ 1, parity = at_ds.slot == 0 ? at_ds.parity ^ 1 : at_ds.parity;
@@ -243,85 +209,40 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) {
-        bulk_reduce_add(dq_to, piece, Config::kPiece * 4);
+        const int64_t to = int64_t(late_tile) * Config::kPieces + warpgroup * 4 + warp;
+        bulk_reduce_add(plan.dq_accumulator + to * Config::kPiece, piece, Config::kPiece * 4);
         bulk_commit();
       }
     };
 
-    const auto release_slot = [&] {
-      if (lane == 0) mbarrier_arrive(shared + Shared::kEmpty + 8 * at.slot);
-      at.advance();
-    };
     // One tile; dQ of the one before it, unless this is the first of its walk.
     const auto step = [&](const int4& header, auto first_tile) {
       constexpr bool kDQBefore = Config::kDQ && !decltype(first_tile)::value;
       const int rows = header.y & kRowsMask;
-      const uint32_t q_tile = shared + Shared::kQ + at.slot * Config::kRowBytes;
-      const uint32_t do_tile = shared + Shared::kDOut + at.slot * Config::kRowBytes;
-      if (loose_rows && rows < kRows) {
-        zero_tile_rows<Config::kPanels>(q_tile, kRows * 128, rows, kRows, consumer, 2 * kWarpgroup);
-        zero_tile_rows<Config::kPanels>(do_tile, kRows * 128, rows, kRows, consumer, 2 * kWarpgroup);
-        fence_async_proxy();
-        named_sync(kConsumerBarrier, 2 * kWarpgroup);
-      }
+      const uint32_t q_tile = slots.q_tile(), do_tile = slots.do_tile();
+      slots.clear_loose_rows(rows);
 
       // ---- S^T, dP^T
       float s[kS], dp[kS];
-      const auto issue_scores = [&](float(&d)[kS], uint32_t key_tile, uint32_t row_tile) {
-        const uint64_t a = descriptor_k(key_tile + warpgroup * (64 * 128)), b = descriptor_k(row_tile);
-#pragma unroll
-        for (int k = 0; k < kDim / 16; ++k) {
-          wgmma<T, Major::K, Major::K>(d, a + descriptor_step(k / 4 * (kKeys * 128) + k % 4 * 32),
-                                       b + descriptor_step(k / 4 * (kRows * 128) + k % 4 * 32), k > 0);
-        }
-        wgmma_commit();
-      };
       pin_registers(s);
       pin_registers(dp);
       wgmma_fence();
-      issue_scores(s, shared + Shared::kK, q_tile);
-      issue_scores(dp, shared + Shared::kV, do_tile);
+      issue_scores<Config>(s, shared + Shared::kK + warpgroup * (64 * 128), q_tile);
+      issue_scores<Config>(dp, shared + Shared::kV + warpgroup * (64 * 128), do_tile);
 
       // ---- P, dS
       const bool full = (header.y & kFullTile) != 0;
-      const uint32_t column = at.slot * (kRows * 4) + lane % 4 * 8;
-      const uint32_t seen_at = shared + Shared::kSeen + at.slot * (kRows * 8) + lane % 4 * 16;
-      const auto mask = [&](float(&d)[kS]) {
-#pragma unroll
-        for (int i = 0; i < kS / 4; ++i) {
-          const int4 seen = load_shared_int4(seen_at + i * 64);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int key = first + own_key + 8 * h;
-            d[4 * i + 2 * h] = sees(make_int2(seen.x, seen.y), key) ? d[4 * i + 2 * h] : 0.f;
-            d[4 * i + 2 * h + 1] = sees(make_int2(seen.z, seen.w), key) ? d[4 * i + 2 * h + 1] : 0.f;
-          }
-        }
-      };
+      const uint32_t row_floats = slots.slot * (kRows * 4);
       wgmma_wait<1>();
       pin_registers(s);
-#pragma unroll
-      for (int i = 0; i < kS / 4; ++i) {
-        const float2 lse = load_shared_float2(shared + Shared::kLse + column + i * 32);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          s[4 * i + j] = exp2_approx(fmaf(s[4 * i + j], multiplier, -(j % 2 == 0 ? lse.x : lse.y)));
-        }
-      }
-      if (!full) mask(s);
+      exponentiate(s, shared + Shared::kLse + row_floats, multiplier);
+      if (!full) mask_scores<Config>(s, shared, slots.slot, first + own_key);
       uint32_t probabilities[kS / 8][4], ds[kS / 8][4];
       pack_operand<T>(probabilities, s);
       wgmma_wait<0>();
       pin_registers(dp);
-#pragma unroll
-      for (int i = 0; i < kS / 4; ++i) {
-        const float2 delta = load_shared_float2(shared + Shared::kDelta + column + i * 32);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          dp[4 * i + j] = s[4 * i + j] * (dp[4 * i + j] - (j % 2 == 0 ? delta.x : delta.y));
-        }
-      }
-      if (!full) mask(dp);
+      score_gradients(dp, shared + Shared::kDelta + row_floats, [&](int i) { return s[i]; });
+      if (!full) mask_scores<Config>(dp, shared, slots.slot, first + own_key);
       pack_operand<T>(ds, dp);
 
       // ---- dV, dK. Not dV before dS: P in both precisions beside dP is more than 240 registers at D 64.
@@ -355,39 +276,21 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
       wgmma_wait<kDQBefore ? 1 : 0>();
       pin_registers(dv);
       pin_registers(dk);
-      release_slot();
+      slots.release_slot();
       if constexpr (kDQBefore) add_dq();
       if constexpr (Config::kDQ) {
         at_ds.advance();
-        dq_to = plan.dq_accumulator + (int64_t(header.x) * 8 + warpgroup * 4 + warp) * Config::kPiece;
+        late_tile = header.x;
       }
     };
-    for (;;) {
-      if ((header.y & kEndOfWalk) == 0) {
-        mbarrier_wait(shared + Shared::kKeysFull, keys_parity);
-        keys_parity ^= 1;
-        const int keep = key_tile(p, plan, kKeys, index).num_keys - first;
-        if (loose_keys && keep < kKeys) {
-          zero_tile_rows<2 * Config::kPanels>(shared + Shared::kK, kKeys * 128, keep, kKeys, consumer, 2 * kWarpgroup);
-          fence_async_proxy();
-          named_sync(kConsumerBarrier, 2 * kWarpgroup);
-        }
-        step(header, std::true_type());
-#pragma unroll 1
-        for (header = next_header(); (header.y & kEndOfWalk) == 0; header = next_header()) {
-          step(header, std::false_type());
-        }
-        if constexpr (Config::kDQ) {
-          issue_dq();
-          add_dq();
-        }
-        if (lane == 0) mbarrier_arrive(shared + Shared::kKeysEmpty);
-      }
-      const bool last_walk = (header.y & kLastWalk) != 0;
-      release_slot();
-      if (last_walk) break;
-      header = next_header();
-    }
+    slots.walk(
+        first_header, [&] { return key_tile(p, plan, kKeys, index).num_keys - first; }, step,
+        [&] {
+          if constexpr (Config::kDQ) {
+            issue_dq();
+            add_dq();
+          }
+        });
 
     // ---- epilogue. A row that does not see a key may have put 0 * NaN into its gradients: such keys are computed
     // again, row by row. Keys that seqused_k leaves out are zero.
@@ -399,29 +302,13 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const bool out = first + own_key + 8 * h >= keys.num_keys;
-      float check = 0.f;
-#pragma unroll
-      for (int i = 0; i < kAcc; ++i) {
-        if (i / 2 % 2 != h) continue;
-        dk[i] = out ? 0.f : dk[i];
-        dv[i] = out ? 0.f : dv[i];
-        check = fmaf(dk[i], 0.f, fmaf(dv[i], 0.f, check));
-      }
+      const float check = check_keys(dk, h, out) + check_keys(dv, h, out);
       bad[h] = (__ballot_sync(0xffffffffu, check != 0.f) >> (lane & ~3) & 0xf) != 0;
     }
     const int key0 = first + own_key - lane / 4;
     store_keys<T>(to_k, dk, key0, keys.store_keys, plan.scale, int(p.dim_qk), bad);
     store_keys<T>(to_v, dv, key0, keys.store_keys, 1.f, int(p.dim_v), bad);
-    if (__any_sync(0xffffffffu, bad[0] || bad[1])) {
-#pragma unroll 1
-      for (int h = 0; h < 2; ++h) {
-        for (unsigned todo = __ballot_sync(0xffffffffu, h == 0 ? bad[0] : bad[1]); todo != 0;) {
-          const int r = (__ffs(int(todo)) - 1) / 4;
-          todo &= ~(0xfu << (r * 4));
-          key_gradients<T>(p, plan, keys.sequence, keys.sequence_step, keys.head, keys.latents, key0 + 8 * h + r);
-        }
-      }
-    }
+    redo_bad_keys<T>(p, plan, keys, key0, bad);
   }
   if (lane == 0) bulk_wait<0>();
 }
@@ -445,8 +332,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     mbarrier_init(shared + Shared::kKeysFull, 1);
     mbarrier_init(shared + Shared::kKeysEmpty, kConsumerWarps);
     for (int i = 0; i < 2; ++i) {
-      mbarrier_init(shared + Shared::kDSFull + 8 * i, kConsumerWarps);
-      mbarrier_init(shared + Shared::kDSEmpty + 8 * i, kConsumerWarps);
+      // At D 256 one warpgroup writes dS; without dQ the same one is the only reader of what lies there, P.
+      mbarrier_init(shared + Shared::kDSFull + 8 * i, Config::kWide ? 4 : kConsumerWarps);
+      mbarrier_init(shared + Shared::kDSEmpty + 8 * i, Config::kWide && !Config::kDQ ? 4 : kConsumerWarps);
+      if (Config::kWide) mbarrier_init(shared + Shared::kPFull + 8 * i, 4);
     }
     mbarrier_init_fence();
   }
@@ -456,12 +345,20 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                                                         Config::kRows, int(threadIdx.x), Config::kThreads);
   fence_async_proxy();
   __syncthreads();
-  if (threadIdx.x < kWarpgroup) {
+  // Of the same value in all lanes, so that the compiler may use uniform registers on both sides.
+  const int warpgroup = uniform(int(threadIdx.x) / kWarpgroup);
+  if (warpgroup == 0) {
     give_registers<Config::kProducerRegisters>();
     if (threadIdx.x < 32) produce<Config>(p, plan, maps, counter, shared);
   } else {
     take_registers<Config::kConsumerRegisters>();
-    consume<Config>(p, plan, shared);
+    if constexpr (!Config::kWide) {
+      consume<Config>(p, plan, shared);
+    } else if (warpgroup == 1) {
+      consume_wide<Config, true>(p, plan, shared);
+    } else {
+      consume_wide<Config, false>(p, plan, shared);
+    }
   }
 }
 
@@ -470,7 +367,6 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kRows * 2)
     finish_dq_kernel(const __grid_constant__ AttentionBackwardParams p, const __grid_constant__ BackwardPlan plan) {
   using T = typename Config::Element;
-  constexpr int kPanels = Config::kPanels;
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
   zero_query_tail<T>(p);
   if (p.num_sequences == 0) return;
@@ -479,23 +375,29 @@ __global__ void __launch_bounds__(Config::kRows * 2)
   const int tile_rows = Config::kRows / map.group * map.group;
   for (int tile = work.tile; tile * tile_rows < map.rows; tile += plan.row_schedule.tiles) {
     const int rows = min(tile_rows, map.rows - tile * tile_rows), row0 = tile * tile_rows + warp * 16;
-    const float* from = plan.dq_accumulator + (dq_tile(p, map, tile_rows, tile) * 8 + warp) * Config::kPiece + lane * 4;
-    float dq[32 * kPanels];
+    const float* from =
+        plan.dq_accumulator + (dq_tile(p, map, tile_rows, tile) * Config::kPieces + warp) * Config::kPiece + lane * 4;
+    float check[2] = {};
 #pragma unroll
-    for (int i = 0; i < 8 * kPanels; ++i) {
-      const float4 v = *reinterpret_cast<const float4*>(from + i / 8 * (4 * Config::kPiece) + i % 8 * 128);
-      dq[4 * i] = v.x, dq[4 * i + 1] = v.y, dq[4 * i + 2] = v.z, dq[4 * i + 3] = v.w;
+    for (int panel = 0; panel < Config::kPanels; ++panel) {
+      float dq[32];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float4 v = *reinterpret_cast<const float4*>(from + panel * (4 * Config::kPiece) + i * 128);
+        dq[4 * i] = v.x, dq[4 * i + 1] = v.y, dq[4 * i + 2] = v.z, dq[4 * i + 3] = v.w;
+      }
+#pragma unroll
+      for (int i = 0; i < 32; ++i) check[i / 2 % 2] = fmaf(dq[i], 0.f, check[i / 2 % 2]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int r = warp * 16 + lane / 4 + 8 * h;
+        T* const to = static_cast<T*>(p.dq.data) + (r < rows ? map.offset(p.dq, tile * tile_rows + r) : 0);
+        store_row<T>(to + panel * 64, dq, h, plan.scale, int(p.dim_qk) - panel * 64, r < rows, plan.aligned_dq);
+      }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int r = warp * 16 + lane / 4 + 8 * h;
-      const bool valid = r < rows;
-      float check = 0.f;
-#pragma unroll
-      for (int i = 0; i < 32 * kPanels; ++i) check = i / 2 % 2 == h ? fmaf(dq[i], 0.f, check) : check;
-      T* const to = static_cast<T*>(p.dq.data) + (valid ? map.offset(p.dq, tile * tile_rows + r) : 0);
-      store_row<T>(to, dq, h, plan.scale, int(p.dim_qk), valid, plan.aligned_dq);
-      unsigned todo = __ballot_sync(0xffffffffu, valid && check != 0.f);
+      unsigned todo = __ballot_sync(0xffffffffu, warp * 16 + lane / 4 + 8 * h < rows && check[h] != 0.f);
       __syncwarp();
       while (todo != 0) {
         const int bad = (__ffs(int(todo)) - 1) / 4;

@@ -9,7 +9,7 @@ namespace yoco::cuda::sm90 {
 template <int D>
 struct BackwardTiles {
   static constexpr int kRows = D == 64 ? 128 : 64;
-  static constexpr int kKeys = 128;
+  static constexpr int kKeys = D == 256 ? 64 : 128;
 };
 inline int backward_rows(int64_t dim) { return dim <= 64 ? BackwardTiles<64>::kRows : BackwardTiles<128>::kRows; }
 
@@ -20,7 +20,8 @@ struct BackwardMaps {
   CUtensorMap latent_v;
 };
 
-// D: 64 or 128. dK, dV (and with a dq_accumulator dQ) by key tiles. counter: one zeroed int, the next tile of a CTA.
+// D: 64, 128 or 256. dK, dV (and with a dq_accumulator dQ) by key tiles. counter: one zeroed int, the next tile of a
+// CTA.
 template <typename T, int D>
 const char* launch_attention_backward(const AttentionBackwardParams& p, const BackwardPlan& plan, int* counter,
                                       const Launch& launch);
@@ -31,14 +32,13 @@ inline bool d_out_fits(const AttentionBackwardParams& p) {
 }
 
 // The rule of dispatch: what the Hopper kernel does not serve runs on the kernel of the sm_80 family.
-//   head dims above 128    K, V and two stages of Q and dO do not fit into shared memory beside dS and dQ
 //   softcap, alibi         and negative scales: scores that are more than scale * q.k
 //   group > kRows          a tile of rows holds whole tokens
 //   broadcast inputs       TMA reads no dimension of stride 0
 inline bool backward_fits(const AttentionBackwardParams& p) {
   const int64_t dim = std::max(p.dim_qk, p.dim_v);
-  return p.dtype != DType::kFloat32 && dim <= 128 && make_score_params(p).plain &&
-         p.heads_q / p.heads_kv <= backward_rows(dim) && inputs_fit(p) && d_out_fits(p);
+  return p.dtype != DType::kFloat32 && make_score_params(p).plain && p.heads_q / p.heads_kv <= backward_rows(dim) &&
+         inputs_fit(p) && d_out_fits(p);
 }
 
 }  // namespace yoco::cuda::sm90

@@ -1,6 +1,8 @@
-// Attention backward for Hopper: tile table, shared memory, slots of the ring, and what one piece of work is. The
-// kernel is in backward.cuh.
+// Attention backward for Hopper: tile table, shared memory, slots of the ring, what one piece of work is, and the parts
+// of a tile that are the same at every head dim. The kernel is in backward.cuh.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/attention/simt_backward.h"
 #include "cuda/attention/sm90/backward_plan.h"
@@ -14,6 +16,8 @@ namespace yoco::cuda::sm90 {
 //   D    rows keys  S + dP  dK + dV  dQ   shared
 //   64   128  128   128     64       32   197 KB   64 rows would read each byte of K and V twice as often
 //   128  64   128   64      128      32   195 KB   80 rows: S + dP 80, 240 registers do not hold it with a row's mask
+//   256  64   64    32      128      64   211 KB   S, dV in one warpgroup, dP, dK in the other (backward_wide.cuh); 128
+//                                                  keys: dK + dV alone would be all registers of the SM
 // kDQ: dQ is made here too.
 template <typename T, int D, bool DQ>
 struct BackwardConfig {
@@ -28,10 +32,13 @@ struct BackwardConfig {
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
   static constexpr int kPanels = D / 64;
   static constexpr int kKeyBytes = kKeys * D * 2, kRowBytes = kRows * D * 2, kScoreBytes = kKeys * kRows * 2;
-  // dQ of a tile is 8 pieces of [16 rows][64 columns], one per consumer warp: rows 16 (warp % 4) .. of 64 rows or, at
-  // D 128, of 64 columns that the warpgroup owns.
+  // The warpgroups share the keys, or at D 256 one has dV and the other dK of all.
+  static constexpr bool kWide = D == 256;
+  // dQ of a tile is pieces of [16 rows][64 columns], piece (panel, w) for warp w of a warpgroup. D 64: 128 rows, a
+  // warpgroup has 64 of them; D 128: one panel of columns; D 256: two.
   static constexpr int kPiece = 16 * 64;  // float32
-  static_assert(kRows * D == 8 * kPiece && kKeys == 64 * kWarpgroups);
+  static constexpr int kPieces = kRows * D / kPiece;
+  static_assert(kPieces == (kWide ? 16 : 8) && kKeys == (kWide ? 64 : 64 * kWarpgroups));
 };
 
 // Offsets in shared memory. "Full" and "empty" barriers as usual; consumers arrive once per warp.
@@ -41,9 +48,9 @@ struct BackwardShared {
   static constexpr int kV = kK + Config::kKeyBytes;
   static constexpr int kQ = kV + Config::kKeyBytes;
   static constexpr int kDOut = kQ + Config::kStages * Config::kRowBytes;
-  static constexpr int kDS = kDOut + Config::kStages * Config::kRowBytes;  // dS^T [row panel][key][64 rows]
-  static constexpr int kDQ = kDS + 2 * Config::kScoreBytes;                // [warp][kPiece]
-  static constexpr int kLse = kDQ + 8 * Config::kPiece * 4;                // [stage][row]
+  static constexpr int kDS = kDOut + Config::kStages * Config::kRowBytes;          // dS^T [row panel][key][64 rows]
+  static constexpr int kDQ = kDS + 2 * Config::kScoreBytes;                        // [warp][kPiece]; unused at D 256
+  static constexpr int kLse = kDQ + (Config::kWide ? 0 : 8 * Config::kPiece * 4);  // [stage][row]
   static constexpr int kDelta = kLse + Config::kStages * Config::kRows * 4;
   static constexpr int kSeen = kDelta + Config::kStages * Config::kRows * 4;  // [stage][row] {begin, end} of keys
   static constexpr int kHeader =
@@ -54,7 +61,9 @@ struct BackwardShared {
   static constexpr int kKeysEmpty = kKeysFull + 8;
   static constexpr int kDSFull = kKeysEmpty + 8;
   static constexpr int kDSEmpty = kDSFull + 16;
-  static constexpr int kBytes = kDSEmpty + 16;
+  static constexpr int kPFull = kDSEmpty + 16;  // only D 256, as the next
+  static constexpr int kBadKeys = kPFull + 16;  // [warpgroup][warp][half] lanes
+  static constexpr int kBytes = kBadKeys + (Config::kWide ? 64 : 0);
   static_assert(kBytes <= 227 * 1024);
 };
 // Flags of a slot's header, above the number of rows. A slot without a tile ends a walk over the rows of one sequence.
@@ -76,6 +85,11 @@ YOCO_DEVICE void store_shared(uint32_t address, float v) {
 YOCO_DEVICE void store_shared(uint32_t address, int2 v) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
 }
+YOCO_DEVICE int2 load_shared_int2(uint32_t address) {
+  int2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
 YOCO_DEVICE int4 load_shared_int4(uint32_t address) {
   int4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
@@ -95,6 +109,12 @@ YOCO_DEVICE void store_shared(uint32_t address, float a, float b, float c, float
 YOCO_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]),
                "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+// global[0..3] += x, float32; the thread does not wait. 16-byte aligned.
+YOCO_DEVICE void reduce_add(float* global, float x0, float x1, float x2, float x3) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(global)), "f"(x0),
+               "f"(x1), "f"(x2), "f"(x3)
                : "memory");
 }
 
@@ -131,6 +151,183 @@ YOCO_DEVICE KeyTile key_tile(const AttentionBackwardParams& p, const BackwardPla
   k.store_keys = k.latents ? int(p.num_latents) : keys_to_store(p, own);
   if (k.latents ? !plan.want_latents || work.sequence >= plan.latent_slices : !plan.want_dkv) k.store_keys = 0;
   return k;
+}
+
+// ---- a consumer's way through the slots
+template <typename Config>
+struct SlotReader {
+  using Shared = BackwardShared<Config>;
+  uint32_t shared;
+  // Neighbours' rows and keys behind a sequence (TMA writes zeros behind the tensor itself).
+  bool loose_rows, loose_keys;
+  RingPosition<Config::kStages> at;
+  uint32_t slot;  // the slot, and the compiler knows that all lanes agree: descriptors live in uniform registers
+  uint32_t keys_parity;
+
+  YOCO_DEVICE SlotReader(const AttentionBackwardParams& p, uint32_t shared)
+      : shared(shared),
+        loose_rows(p.cu_seqlens_q != nullptr),
+        loose_keys(p.cu_seqlens_k != nullptr || p.seqused_k != nullptr),
+        slot(0),
+        keys_parity(0) {}
+  YOCO_DEVICE int4 next_header() {
+    slot = uint32_t(uniform(int(at.slot)));
+    mbarrier_wait(shared + Shared::kFull + 8 * slot, at.parity);
+    const int4 v = load_shared_int4(shared + Shared::kHeader + slot * 16);
+    return make_int4(uniform(v.x), uniform(v.y), v.z, v.w);
+  }
+  YOCO_DEVICE void release_slot() {
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared + Shared::kEmpty + 8 * slot);
+    at.advance();
+  }
+  YOCO_DEVICE uint32_t q_tile() const { return shared + Shared::kQ + slot * Config::kRowBytes; }
+  YOCO_DEVICE uint32_t do_tile() const { return shared + Shared::kDOut + slot * Config::kRowBytes; }
+  // Rows [rows, kRows) of Q and dO become zero if they may be anything.
+  YOCO_DEVICE void clear_loose_rows(int rows) const {
+    if (!loose_rows || rows >= Config::kRows) return;
+    const int consumer = int(threadIdx.x) - kWarpgroup, threads = Config::kWarpgroups * kWarpgroup;
+    zero_tile_rows<Config::kPanels>(q_tile(), Config::kRows * 128, rows, Config::kRows, consumer, threads);
+    zero_tile_rows<Config::kPanels>(do_tile(), Config::kRows * 128, rows, Config::kRows, consumer, threads);
+    fence_async_proxy();
+    named_sync(kConsumerBarrier, threads);
+  }
+  // All walks over rows that one piece of work has: step(header, first tile of a walk?) per tile, last() behind the
+  // last tile of a walk. keep(): how many of the keys take part.
+  template <typename Keep, typename Step, typename Last>
+  YOCO_DEVICE void walk(int4 header, Keep keep, Step step, Last last) {
+    for (;;) {
+      if ((header.y & kEndOfWalk) == 0) {
+        mbarrier_wait(shared + Shared::kKeysFull, keys_parity);
+        keys_parity ^= 1;
+        const int keys = keep();
+        if (loose_keys && keys < Config::kKeys) {
+          const int consumer = int(threadIdx.x) - kWarpgroup, threads = Config::kWarpgroups * kWarpgroup;
+          zero_tile_rows<2 * Config::kPanels>(shared + Shared::kK, Config::kKeys * 128, keys, Config::kKeys, consumer,
+                                              threads);
+          fence_async_proxy();
+          named_sync(kConsumerBarrier, threads);
+        }
+        step(header, std::true_type());
+#pragma unroll 1
+        for (header = next_header(); (header.y & kEndOfWalk) == 0; header = next_header()) {
+          step(header, std::false_type());
+        }
+        last();
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(shared + Shared::kKeysEmpty);
+      }
+      const bool last_walk = (header.y & kLastWalk) != 0;
+      release_slot();
+      if (last_walk) break;
+      header = next_header();
+    }
+  }
+};
+
+// ---- parts of a tile
+// d = keys x rows of K Q^T or V dO^T: 64 keys from key_tile on, all rows. Committed.
+template <typename Config>
+YOCO_DEVICE void issue_scores(float (&d)[Config::kRows / 2], uint32_t key_tile, uint32_t row_tile) {
+  const uint64_t a = descriptor_k(key_tile), b = descriptor_k(row_tile);
+#pragma unroll
+  for (int k = 0; k < Config::kDim / 16; ++k) {
+    wgmma<typename Config::Element, Major::K, Major::K>(
+        d, a + descriptor_step(k / 4 * (Config::kKeys * 128) + k % 4 * 32),
+        b + descriptor_step(k / 4 * (Config::kRows * 128) + k % 4 * 32), k > 0);
+  }
+  wgmma_commit();
+}
+// Zero where a row (columns of d) does not see the key; this thread has `key` and key + 8.
+template <typename Config>
+YOCO_DEVICE void mask_scores(float (&d)[Config::kRows / 2], uint32_t shared, uint32_t slot, int key) {
+  const uint32_t seen_at = shared + BackwardShared<Config>::kSeen + slot * (Config::kRows * 8) + threadIdx.x % 4 * 16;
+#pragma unroll
+  for (int i = 0; i < Config::kRows / 8; ++i) {
+    const int4 seen = load_shared_int4(seen_at + i * 64);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      d[4 * i + 2 * h] = sees(make_int2(seen.x, seen.y), key + 8 * h) ? d[4 * i + 2 * h] : 0.f;
+      d[4 * i + 2 * h + 1] = sees(make_int2(seen.z, seen.w), key + 8 * h) ? d[4 * i + 2 * h + 1] : 0.f;
+    }
+  }
+}
+// Scores -> P. table: lse of the slot's rows.
+template <int N>
+YOCO_DEVICE void exponentiate(float (&s)[N], uint32_t table, float multiplier) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    const float2 lse = load_shared_float2(table + threadIdx.x % 4 * 8 + i * 32);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      s[4 * i + j] = exp2_approx(fmaf(s[4 * i + j], multiplier, -(j % 2 == 0 ? lse.x : lse.y)));
+    }
+  }
+}
+// dP -> dS. table: delta of the slot's rows; probability(i): P of element i.
+template <int N, typename Probability>
+YOCO_DEVICE void score_gradients(float (&dp)[N], uint32_t table, Probability probability) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    const float2 delta = load_shared_float2(table + threadIdx.x % 4 * 8 + i * 32);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      dp[4 * i + j] = probability(4 * i + j) * (dp[4 * i + j] - (j % 2 == 0 ? delta.x : delta.y));
+    }
+  }
+}
+
+// ---- epilogue
+// Gradients of keys that no row may see become zero; the result is NaN or 0: a NaN or infinity among the others. h:
+// keys g or g + 8 of the warp's accumulators.
+template <int N>
+YOCO_DEVICE float check_keys(float (&d)[N], int h, bool out) {
+  float check = 0.f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i / 2 % 2 != h) continue;
+    d[i] = out ? 0.f : d[i];
+    check = fmaf(d[i], 0.f, check);
+  }
+  return check;
+}
+// Accumulators of the warp's keys (rows g and g + 8) to memory; lanes of a quad hold one key's columns.
+template <typename T, int N>
+YOCO_DEVICE void store_keys(const GradientRows& to, const float (&d)[N], int key0, int store_keys, float factor,
+                            int dim, const bool (&skip)[2]) {
+  const int lane = int(threadIdx.x % 32);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int key = key0 + lane / 4 + 8 * h;
+    const bool valid = key < store_keys && !skip[h];
+    if (!to.float32) {
+      store_row<T>(static_cast<T*>(to.data) + (valid ? key * to.stride : 0), d, h, factor, dim, valid, to.aligned);
+      continue;
+    }
+    if (!valid) continue;
+    float* const row = static_cast<float*>(to.data) + key * to.stride + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      if (i * 8 + lane % 4 * 2 >= dim) continue;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float x = d[i * 4 + h * 2 + c] * factor;
+        row[i * 8 + c] = to.accumulate ? row[i * 8 + c] + x : x;
+      }
+    }
+  }
+}
+// Keys that hold NaN or infinity, row by row: key0 + g + 8 h is one where bad[h].
+template <typename T>
+YOCO_DEVICE void redo_bad_keys(const AttentionBackwardParams& p, const BackwardPlan& plan, const KeyTile& keys,
+                               int key0, const bool (&bad)[2]) {
+  if (!__any_sync(0xffffffffu, bad[0] || bad[1])) return;
+#pragma unroll 1
+  for (int h = 0; h < 2; ++h) {
+    for (unsigned todo = __ballot_sync(0xffffffffu, h == 0 ? bad[0] : bad[1]); todo != 0;) {
+      const int r = (__ffs(int(todo)) - 1) / 4;
+      todo &= ~(0xfu << (r * 4));
+      key_gradients<T>(p, plan, keys.sequence, keys.sequence_step, keys.head, keys.latents, key0 + 8 * h + r);
+    }
+  }
 }
 
 }  // namespace yoco::cuda::sm90

@@ -1,0 +1,4 @@
+#include "cuda/attention/sm90/backward.cuh"
+
+template const char* yoco::cuda::sm90::launch_attention_backward<__half, 256>(const AttentionBackwardParams&,
+                                                                              const BackwardPlan&, int*, const Launch&);
