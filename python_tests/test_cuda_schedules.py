@@ -112,42 +112,55 @@ def _(backend: Any) -> Case:
 
 
 # ---- gated retention: three chunks, the last one not full ----------------------------------------------------------
-def add_retention(name: str, dtype: torch.dtype, dim_k: int, dim_v: int, time: int = 140) -> None:
-    @case(f"retention {name} {dim_k} {dim_v} {time}")
+def rotation(dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Rotary on load; halves in bfloat16, neighbours otherwise."""
+    inv_freq = 10_000.0 ** -torch.linspace(0, 1, dim // 2)
+    return {"inv_freq": inv_freq, "interleaved": dtype != torch.bfloat16, "offsets": 100}
+
+
+def add_retention(
+    name: str, dtype: torch.dtype, dim_k: int, dim_v: int, time: int = 140, *, rotary: bool = False
+) -> None:
+    @case(f"retention {name} {dim_k} {dim_v} {time}{' rotary' if rotary else ''}")
     def make(backend: Any) -> Case:
         q, k = (randn(dtype, 1, time, 1, dim_k) for _ in range(2))
         v = randn(dtype, 1, time, 1, dim_v)
         g = torch.nn.functional.logsigmoid(torch.randn(1, time, 1)) / 4
         state = torch.randn(1, 1, dim_k, dim_v)
-        retention = backend.ops.gated_retention
+        retention, options = backend.ops.gated_retention, rotation(dim_k, dtype) if rotary else {}
         return with_gradients(
-            lambda q, k, v, g, s: retention(q, k, v, g, initial_state=s, return_final_state=True), q, k, v, g, state
+            lambda q, k, v, g, s: retention(q, k, v, g, initial_state=s, return_final_state=True, **options),
+            *(q, k, v, g, state),
         )
 
 
 for name, dtype in LOW.items():
     for dim_k, dim_v in ((64, 64), (128, 64), (128, 128), (256, 72)):
-        add_retention(name, dtype, dim_k, dim_v)
-add_retention("bf16", torch.bfloat16, 16, 16, 2100)  # segments
-add_retention("fp32", torch.float32, 24, 40)
+        for rotary in (False, True):
+            add_retention(name, dtype, dim_k, dim_v, rotary=rotary)
+for rotary in (False, True):
+    add_retention("bf16", torch.bfloat16, 16, 16, 2100, rotary=rotary)  # segments
+    add_retention("fp32", torch.float32, 24, 40, rotary=rotary)
 
 
-def add_step(name: str, dtype: torch.dtype, dim: int) -> None:
-    @case(f"retention step {name} {dim}")
+def add_step(name: str, dtype: torch.dtype, dim: int, rotary: bool) -> None:
+    @case(f"retention step {name} {dim}{' rotary' if rotary else ''}")
     def make(backend: Any) -> Case:
         q, k, v = (randn(dtype, 2, 5, 2, dim) for _ in range(3))
         g, state = -torch.rand(2, 5, 2), torch.randn(2, 2, dim, dim)
+        options = rotation(dim, dtype) if rotary else {}
 
         def run() -> list[Tensor]:
             now = state.clone()
-            return [backend.ops.gated_retention_step(q, k, v, g, now), now]
+            return [backend.ops.gated_retention_step(q, k, v, g, now, **options), now]
 
         return run
 
 
 for name, dtype in DTYPES.items():
     for dim in (64, 256):
-        add_step(name, dtype, dim)
+        for rotary in (False, True):
+            add_step(name, dtype, dim, rotary)
 
 
 # ---- decode: 16 and 64 packed rows, every kind of cache, several splits --------------------------------------------
