@@ -80,9 +80,10 @@ def test_equals_autograds_sum(backend):
 
 
 @FUSED
-def test_one_rounding_at_the_end(backend):
+@pytest.mark.parametrize("dims", [(16, 8), (72, 128), (256, 192)], ids=str)  # an instance of the kernels each
+def test_one_rounding_at_the_end(backend, dims):
     """bfloat16, many layers: the float32 accumulator is closer to the truth than autograd's bfloat16 sum."""
-    x, k, v, _ = make(backend, torch.bfloat16, time=16)
+    x, k, v, _ = make(backend, torch.bfloat16, time=16, dims=dims)
     x = x.detach()
     layers = 24
     grad_out = torch.randn(layers, *x.shape[:3], v.shape[3], device=x.device).to(x.dtype)
