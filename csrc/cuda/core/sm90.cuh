@@ -134,6 +134,11 @@ YOCO_DEVICE void tma_store(const CUtensorMap& map, uint32_t shared, int c0, int 
                "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
+YOCO_DEVICE void tma_store(const CUtensorMap& map, uint32_t shared, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];\n" ::"l"(&map),
+               "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
 // global[i] += shared[i], float32, `bytes` (a multiple of 16) in a row.
 YOCO_DEVICE void bulk_reduce_add(float* global, uint32_t shared, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n" ::"l"(
@@ -155,6 +160,18 @@ YOCO_DEVICE void bulk_wait() {
 }
 // Between ordinary stores to shared memory and their asynchronous readers (WGMMA, TMA); then a barrier.
 YOCO_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// ---- stmatrix: four 8 x 8 matrices to shared memory, the inverse of ldmatrix_x4 and of its transposed form
+YOCO_DEVICE void stmatrix_x4(uint32_t shared_row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_row), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+YOCO_DEVICE void stmatrix_x4_trans(uint32_t shared_row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_row), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 
 // ---- WGMMA
 using cute::SM90::GMMA::Major;
@@ -191,6 +208,10 @@ YOCO_DEVICE uint64_t descriptor_mn(uint32_t shared, uint32_t panel_bytes) {
          uint64_t(1) << 62;
 }
 YOCO_DEVICE constexpr uint64_t descriptor_step(int bytes) { return uint64_t(bytes >> 4); }
+// The same descriptor `bytes` further on, for half the instructions of a 64-bit sum: addresses do not carry.
+YOCO_DEVICE uint64_t descriptor_at(uint64_t descriptor, int bytes) {
+  return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
 
 namespace detail {
 template <typename T, int N, Major kA, Major kB>

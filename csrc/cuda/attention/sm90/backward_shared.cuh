@@ -105,12 +105,6 @@ YOCO_DEVICE void store_shared(uint32_t address, int4 v) {
 YOCO_DEVICE void store_shared(uint32_t address, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
-// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-YOCO_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]),
-               "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
 // global[0..3] += x, float32; the thread does not wait. 16-byte aligned.
 YOCO_DEVICE void reduce_add(float* global, float x0, float x1, float x2, float x3) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(global)), "f"(x0),

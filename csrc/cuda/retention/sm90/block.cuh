@@ -122,26 +122,7 @@ YOCO_DEVICE void tma_load_panel(uint32_t shared, const CUtensorMap& map, uint32_
   tma_load(shared, map, barrier, column, box.row, box.head, box.c3, box.c4);
 }
 YOCO_DEVICE void tma_store_panel(const CUtensorMap& map, uint32_t shared, int column, const ChunkBox& box) {
-  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];\n" ::"l"(&map),
-               "r"(shared), "r"(column), "r"(box.row), "r"(box.head), "r"(box.c3), "r"(box.c4)
-               : "memory");
-}
-
-// A descriptor some bytes further on: the address is in the low half and does not carry.
-YOCO_DEVICE uint64_t further(uint64_t descriptor, int bytes) {
-  return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
-}
-
-// Four 8 x 8 matrices to shared memory: the inverse of ldmatrix, and of its transposed form.
-YOCO_DEVICE void stmatrix(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r0), "r"(r1),
-               "r"(r2), "r"(r3)
-               : "memory");
-}
-YOCO_DEVICE void stmatrix_trans(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r0),
-               "r"(r1), "r"(r2), "r"(r3)
-               : "memory");
+  tma_store(map, shared, column, box.row, box.head, box.c3, box.c4);
 }
 
 }  // namespace yoco::cuda::sm90

@@ -114,7 +114,7 @@ YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, const ChunkGate
 #pragma unroll
     for (int d = 0; d < kDimK / 16; ++d) {
       const int step = d / 4 * kPanelBytes + d % 4 * 32;
-      wgmma<T, Major::K, Major::K>(s, further(q, step), further(k, step), d > 0);
+      wgmma<T, Major::K, Major::K>(s, descriptor_at(q, step), descriptor_at(k, step), d > 0);
     }
     wgmma_commit();
 
@@ -150,8 +150,8 @@ YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, const ChunkGate
 #pragma unroll
         for (int e = 0; e < 8; ++e) x[e] = 0.f;
       }
-      stmatrix(tile ^ (block << 5), pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
-               pack2<T>(x[6], x[7]));
+      stmatrix_x4(tile ^ (block << 5),
+                  {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])});
     }
     fence_async_proxy();
     __syncwarp();

@@ -201,7 +201,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
 #pragma unroll
         for (int n = batch * kBatch; n < (batch + 1) * kBatch; ++n) {
           const int d = n % kSteps;
-          wgmma<T, Major::K>(o, operand[n % kSlots], further(q, d / 4 * kPanelBytes + d % 4 * 32), n > 0);
+          wgmma<T, Major::K>(o, operand[n % kSlots], descriptor_at(q, d / 4 * kPanelBytes + d % 4 * 32), n > 0);
         }
         wgmma_commit();
         if (batch >= kBatches - kSteps / kBatch) {
@@ -293,7 +293,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
       const uint64_t values = descriptor_mn(tiles + Shape::kV + here().panel(), kPanelBytes);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        wgmma<T, Major::MN, Major::K>(o, further(values, k * 16 * 128), further(scores, k * 32), true);
+        wgmma<T, Major::MN, Major::K>(o, descriptor_at(values, k * 16 * 128), descriptor_at(scores, k * 32), true);
       }
       wgmma_commit();
     }
@@ -309,7 +309,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
 #pragma unroll
       for (int c = 0; c < kDimK / kColumns; ++c) {
         auto& part = reinterpret_cast<float(&)[kColumns / 2]>(state[c * kColumns / 2]);
-        wgmma<T, Major::MN>(part, update[k], further(keys, c * kColumns / 64 * kPanelBytes + k * 16 * 128), true);
+        wgmma<T, Major::MN>(part, update[k], descriptor_at(keys, c * kColumns / 64 * kPanelBytes + k * 16 * 128), true);
       }
     }
     wgmma_commit();
@@ -339,8 +339,8 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float* const x = &o[k * 8];
-        stmatrix_trans(out + place.store() + k * 16 * 128, pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]),
-                       pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+        stmatrix_x4_trans(out + place.store() + k * 16 * 128,
+                          {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])});
       }
       if constexpr (kDots && Shape::kRotary) {  // dq and dk turn back; a pair's columns may be in both groups' panels
         named_sync(3, Shape::kGroups * kWarpgroup);
