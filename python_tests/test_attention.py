@@ -255,6 +255,26 @@ def test_rows_before_a_bad_key_keep_their_values(backend, dtype, which):
     assert out[:, 50:].isnan().all()
 
 
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_infinite_upstream_gradient_stays_in_its_column(backend, dtype, causal):
+    """dV of the keys that a row sees is infinite where the row's d_out is; all else of dV keeps its value. (In kernels
+    that split numbers into parts an infinity would leave NaN.)"""
+    inputs, options = tensors(backend, dtype, (200, 200), batch=1, dims=(32, 32)), {"causal": causal}
+    d_out = torch.randn_like(inputs["q"])
+    ours = attend(backend.ops)
+    clean = run_with_gradients(ours, inputs, options, [d_out, None], "v")[1]["v"]
+    d_out[0, 70, 0, 3] = math.inf
+    dv = run_with_gradients(ours, inputs, options, [d_out, None], "v")[1]["v"]
+    expected = torch.zeros_like(dv, dtype=torch.bool)
+    expected[0, : 71 if causal else 200, 0, 3] = True
+    assert torch.equal(dv == math.inf, expected)
+    # Equal up to rounding: a tile that holds an infinity may take another path.
+    seen, other = clean[~expected].double(), dv[~expected].double()
+    assert (other - seen).norm() <= max(torch.finfo(dtype).eps, 2e-6) * seen.norm()
+
+
 @pytest.mark.backends("cpu", "cuda")
 def test_lse_and_sdpa_agree(backend):
     """Not only with our own reference: PyTorch's fused attention, and a log-sum-exp from first principles."""

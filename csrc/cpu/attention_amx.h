@@ -3,9 +3,7 @@
 // go through exp2, the score products of the next slot and a share of the output products of the previous unit are
 // issued, a tile or so per row.
 //
-// Wider inputs are split into planes of bf16, each the leading bits of what the planes before it leave: three hold a
-// float32 exactly, two a float16. The products of planes that matter (i + j < number of planes) are added into the same
-// accumulator, which keeps the accuracy of a product in float32 at a multiple of its speed.
+// Wider inputs are split into planes of bf16 (matrix.h).
 //
 // There is no running maximum: the first keys a row sees give its shift, and later scores may exceed it by 2^60 before
 // float32 sums could overflow. Sums are checked at the end; the rare block that fails runs again on the general path.
@@ -54,44 +52,6 @@ YOCO_INLINE __m512 exp2_float(__mmask16 visible, __m512 x) {
   return _mm512_maskz_mov_ps(visible, bit_cast<__m512>(exp2_nonpositive(bit_cast<Vec<float>>(x))));
 }
 
-template <class T>
-constexpr int kPlanes = std::is_same_v<T, float> ? 3 : (std::is_same_v<T, Float16> ? 2 : 1);
-
-// The leading bits of x as bf16 (in the upper half of each word); x keeps the rest. Exact.
-YOCO_INLINE __m512i take_plane(__m512& x) {
-  const __m512i plane = _mm512_and_si512(bit_cast<__m512i>(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-  x = _mm512_sub_ps(x, bit_cast<__m512>(plane));
-  return plane;
-}
-// Two vectors of such words as one row of 32 bf16.
-YOCO_INLINE __m512i join_planes(__m512i low, __m512i high) {
-  return bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
-}
-
-// The first `width` elements as float, the rest zero.
-YOCO_INLINE __m512 load_some(const float* p, int64_t width) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << std::clamp<int64_t>(width, 0, 16)) - 1), p);
-}
-YOCO_INLINE __m512 load_some(const Float16* p, int64_t width) {
-  return _mm512_cvtph_ps(
-      _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << std::clamp<int64_t>(width, 0, 16)) - 1), p));
-}
-
-// 32 components of one row, one row of 32 bf16 per plane.
-template <class T>
-YOCO_INLINE void load_planes(const T* p, int64_t width, __m512i* planes) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto columns = static_cast<__mmask32>((uint64_t{1} << std::clamp<int64_t>(width, 0, 32)) - 1);
-    planes[0] = _mm512_maskz_loadu_epi16(columns, p);
-  } else {
-    __m512 low = load_some(p, width), high = load_some(p + 16, width - 16);
-    for (int i = 0; i < kPlanes<T>; ++i) {
-      const __m512i a = take_plane(low), b = take_plane(high);
-      planes[i] = join_planes(a, b);
-    }
-  }
-}
-
 // Keys and values of kSlotKeys keys lie together, as the tiles that are loaded, each 1 KiB: per plane depth x 2 tiles
 // of K^T (32 components x 16 keys), then per plane depth x 2 tiles of V (32 keys x 16 components).
 constexpr int64_t slot_elements(int64_t depth, int64_t planes) { return 4 * depth * planes * kTile; }
@@ -133,7 +93,7 @@ void pack_slot(const T* k, int64_t k_stride, int64_t dim_k, const T* v, int64_t 
       __m512 even = row(2 * j), odd = row(2 * j + 1);
       for (int i = 0; i < kCount; ++i) {
         const __m512i a = take_plane(even), b = take_plane(odd);
-        _mm512_store_si512(values + (i * 2 * depth + t) * kTile + 32 * j, _mm512_or_si512(_mm512_srli_epi32(a, 16), b));
+        _mm512_store_si512(values + (i * 2 * depth + t) * kTile + 32 * j, pair_planes(a, b));
       }
     }
   }
@@ -250,12 +210,8 @@ class AmxForward {
  public:
   static constexpr int kP = kPlanes<T>;
   static constexpr int64_t kDim = kDepth * 32;
-  // Which planes are multiplied: every next pair changes one operand where possible.
-  static constexpr int kPairs = kP * (kP + 1) / 2;
-  static constexpr int kLeft[] = {0, 0, 0, 1, 1, 2}, kRight3[] = {2, 1, 0, 0, 1, 0}, kLeft2[] = {0, 0, 1},
-                       kRight2[] = {1, 0, 0};
-  static constexpr int left(int pair) { return kP == 3 ? kLeft[pair] : (kP == 2 ? kLeft2[pair] : 0); }
-  static constexpr int right(int pair) { return kP == 3 ? kRight3[pair] : (kP == 2 ? kRight2[pair] : 0); }
+  using Pairs = PlanePairs<kP>;
+  static constexpr int kPairs = Pairs::kCount;
   // Tile products of one slot's scores, and of one pair of output tiles.
   static constexpr int kSteps = 4 * kPairs * kDepth;
   static constexpr int64_t kSlotElements = slot_elements(kDepth, kP), kValues = kSlotElements / 2;
@@ -366,8 +322,7 @@ class AmxForward {
   // when the pair of planes brings new ones.
   template <int kPair, int kWhich>
   YOCO_INLINE static void product(const BFloat16* a, const BFloat16* b) {
-    constexpr bool kNewA = kPair == 0 || left(kPair) != left(kPair - 1);
-    constexpr bool kNewB = kPair == 0 || right(kPair) != right(kPair - 1);
+    constexpr bool kNewA = Pairs::new_left(kPair), kNewB = Pairs::new_right(kPair);
     if constexpr (kWhich == 0) {
       if constexpr (kNewA) _tile_loadd(4, a, 64);
       if constexpr (kNewB) _tile_loadd(6, b, 64);
@@ -391,8 +346,8 @@ class AmxForward {
     if constexpr (kStep == 1) _tile_zero(1);
     if constexpr (kStep == 2) _tile_zero(2);
     if constexpr (kStep == 3) _tile_zero(3);
-    product<kPair, kWhich>(w.q + left(kPair) * kPlaneQ + kK * 2 * kTile,
-                           w.keys + (right(kPair) * kDepth + kK) * 2 * kTile);
+    product<kPair, kWhich>(w.q + Pairs::left(kPair) * kPlaneQ + kK * 2 * kTile,
+                           w.keys + (Pairs::right(kPair) * kDepth + kK) * 2 * kTile);
   }
   template <int kWhich>
   YOCO_INLINE static void score_store(const Work& w) {
@@ -407,8 +362,8 @@ class AmxForward {
   YOCO_INLINE static void output_step(const Work& w) {
     constexpr int kK = kStep / (4 * kPairs), kPair = kStep / 4 % kPairs, kWhich = kStep % 4;
     if (kK >= w.slots) return;
-    product<kPair, kWhich>(w.p + kK * kSlotP + left(kPair) * 2 * kTile,
-                           w.values + kK * kSlotElements + right(kPair) * kDepth * 2 * kTile);
+    product<kPair, kWhich>(w.p + kK * kSlotP + Pairs::left(kPair) * 2 * kTile,
+                           w.values + kK * kSlotElements + Pairs::right(kPair) * kDepth * 2 * kTile);
   }
   template <int kWhich>
   YOCO_INLINE static void output_load(const Work& w) {

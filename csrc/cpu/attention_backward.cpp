@@ -27,6 +27,8 @@ struct Partial {
   int64_t unit, begin, end, offset;  // offset in row blocks
 };
 
+struct GradientScratch {};  // statistics of the rows, and dQ
+
 struct Task {
   bool latent;
   Segment segment;
@@ -38,7 +40,7 @@ struct Task {
 template <class T>
 class Backward {
  public:
-  using Op = MatrixOperand<T>;
+  using Op = SplitOperand<T>;
   using C = Accumulator<Op>;
 
   explicit Backward(const AttentionBackwardParams& p)
@@ -49,12 +51,12 @@ class Backward {
   const char* run(const Launch& launch) {
     const size_t stats_bytes = 3 * row_blocks_ * kRows * sizeof(C);
     const size_t dq_bytes = want_dq_ ? partial_blocks_ * layout_.dq_elements() * sizeof(C) : 0;
-    const Scratch stats(stats_bytes), dq(dq_bytes);
-    if (stats.failed(stats_bytes) || dq.failed(dq_bytes)) return "out of memory for the buffers of the backward";
-    lse_ = stats.template as<C>();
+    const ScratchLease<GradientScratch> scratch(round_up(stats_bytes, 64) + dq_bytes + 64);
+    if (scratch.data() == nullptr) return "out of memory for the buffers of the backward";
+    lse_ = reinterpret_cast<C*>(scratch.data());
     delta_ = lse_ + row_blocks_ * kRows;
     sink_terms_ = delta_ + row_blocks_ * kRows;
-    dq_ = dq.template as<C>();
+    dq_ = reinterpret_cast<C*>(scratch.data() + round_up(stats_bytes, 64));
     touched_.assign(partial_blocks_, 0);
 
     for_each_task(launch, row_blocks_, [&](int64_t block) { row_statistics(block); });
@@ -62,7 +64,7 @@ class Backward {
       for_each_task(launch, p_.heads_q, [&](int64_t head) { sum_sinks(head); });
     }
     for_each_task(launch, static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
-      const ScratchLease<TaskScratch> scratch(layout_.bytes(task_row_blocks(tasks_[i]), task_accumulators(tasks_[i])));
+      const ScratchLease<TaskScratch> scratch(layout_.bytes());
       run_task(tasks_[i], scratch.data());
     });
     if (want_dq_) {
@@ -139,13 +141,6 @@ class Backward {
     const int64_t begin = std::min(first * group_ / kRows, u.blocks());
     return {begin, std::clamp((last * group_ + kRows - 1) / kRows, begin, u.blocks())};
   }
-
-  int64_t task_row_blocks(const Task& task) const {
-    int64_t most = 0;
-    for (int64_t i : task.partials) most = std::max(most, partials_[i].end - partials_[i].begin);
-    return most;
-  }
-  static int64_t task_accumulators(const Task& task) { return task.partials.size() > 1 ? task.end - task.begin : 1; }
 
   Rows rows_of(const Unit& u, int64_t block) const {
     return {u.sequence, u.kv_head, block * kRows, std::min(kRows, u.rows - block * kRows)};
@@ -227,58 +222,63 @@ class Backward {
 
   // ---- the tiles
   void run_task(const Task& task, char* scratch) {
-    BackwardBuffers<T> b(layout_, scratch, task_row_blocks(task));
-    const bool several = task.partials.size() > 1;
+    BackwardBuffers<T> b(layout_, scratch);
     const View &dk = task.latent ? p_.d_latent_k : p_.dk, &dv = task.latent ? p_.d_latent_v : p_.dv;
-    const bool want_dk = dk.data != nullptr, want_dv = dv.data != nullptr;
-    for (size_t i = 0; i < task.partials.size(); ++i) {
-      const Partial& partial = partials_[task.partials[i]];
-      const Unit& u = units_[partial.unit];
-      const Sequence& s = sequences_[u.sequence];
-      for (int64_t block = partial.begin; block < partial.end; ++block) {
-        pack_rows(b, task, u, s, block, block - partial.begin);
+    std::vector<uint8_t> finite(layout_.group());
+    for (int64_t first = task.begin; first < task.end; first += layout_.group()) {
+      const int64_t last = std::min(first + layout_.group(), task.end), k0 = first * kKeys;
+      const int64_t k1 = std::min(last * kKeys, task.segment.length);
+      std::memset(static_cast<void*>(b.keys(0).dk), 0, (last - first) * layout_.accumulator_elements() * sizeof(C));
+      for (int64_t i = 0; first + i < last; ++i) finite[i] = pack_keys(b.keys(i), task, k0 + i * kKeys);
+      for (int64_t index : task.partials) {
+        const Partial& partial = partials_[index];
+        const Unit& u = units_[partial.unit];
+        const KeyRange visiting = visiting_blocks(partial.unit, task.latent, k0, k1);
+        const int64_t end = std::min(visiting.end, partial.end);
+        for (int64_t block = std::max(visiting.begin, partial.begin); block < end; ++block) {
+          const RowBlock rows(p_, sequences_[u.sequence], rows_of(u, block), group_, task.latent);
+          if (rows.seen.low >= k1 || rows.seen.high <= k0) continue;
+          const bool rows_finite = pack_rows(b, rows);
+          for (int64_t i = 0; first + i < last; ++i) {
+            tile(b, task, rows, u.first_block + block, partial.offset + block - partial.begin, k0 + i * kKeys,
+                 b.keys(i), rows_finite && finite[i] != 0);
+          }
+        }
       }
-      for (int64_t key_block = task.begin; key_block < task.end; ++key_block) {
-        C* dk_acc = b.accumulator(several ? key_block - task.begin : 0);
-        C* dv_acc = dk_acc + kKeys * layout_.cols_qk;
-        if (i == 0) std::memset(static_cast<void*>(dk_acc), 0, layout_.accumulator_elements() * sizeof(C));
-        const int64_t k0 = key_block * kKeys, n = std::min(kKeys, task.segment.length - k0);
-        const KeyRange visiting = visiting_blocks(partial.unit, task.latent, k0, k0 + n);
-        if (visiting.begin < visiting.end) pack_keys(b, task, k0, n);
-        for (int64_t block = std::max(visiting.begin, partial.begin); block < std::min(visiting.end, partial.end);
-             ++block) {
-          tile(b, task, partial, u, s, block, k0, n, want_dk ? dk_acc : nullptr, want_dv ? dv_acc : nullptr);
+      for (int64_t i = 0; first + i < last; ++i) {
+        const auto keys = b.keys(i);
+        if (dk.data != nullptr) {
+          write_keys(task, dk, keys.dk, layout_.cols_qk, p_.dim_qk, k0 + i * kKeys, static_cast<C>(p_.scale));
         }
-        if (i + 1 == task.partials.size()) {
-          if (want_dk) write_keys(task, dk, dk_acc, layout_.cols_qk, p_.dim_qk, k0, n, static_cast<C>(p_.scale));
-          if (want_dv) write_keys(task, dv, dv_acc, layout_.cols_v, p_.dim_v, k0, n, C{1});
-        }
+        if (dv.data != nullptr) write_keys(task, dv, keys.dv, layout_.cols_v, p_.dim_v, k0 + i * kKeys, C{1});
       }
     }
-    if (task.partials.empty()) return;
   }
 
-  // Both forms of q and d_out of one row block, and which keys its rows see.
-  void pack_rows(BackwardBuffers<T>& b, const Task& task, const Unit& u, const Sequence& s, int64_t block,
-                 int64_t slot) {
-    const Rows rows = rows_of(u, block);
-    T *q = b.gather, *d_out = b.gather + kRows * p_.dim_qk;
-    for (int64_t r = 0; r < rows.count; ++r) {
-      std::memcpy(q + r * p_.dim_qk, query<const T>(p_.q, s, rows, r), p_.dim_qk * sizeof(T));
-      std::memcpy(d_out + r * p_.dim_v, query<const T>(p_.d_out, s, rows, r), p_.dim_v * sizeof(T));
+  // Both forms of q and d_out of one row block. Returns whether all of it is finite.
+  bool pack_rows(BackwardBuffers<T>& b, const RowBlock& block) const {
+    const Rows& rows = block.rows;
+    const T* q = gather(p_.q, block, p_.dim_qk, b.gather);
+    const T* d_out = gather(p_.d_out, block, p_.dim_v, b.gather + kRows * p_.dim_qk);
+    const int64_t q_stride = group_ == 1 ? p_.q.time_stride : p_.dim_qk;
+    const int64_t d_out_stride = group_ == 1 ? p_.d_out.time_stride : p_.dim_v;
+    pack_b_transposed<Op>(q, q_stride, p_.dim_qk, rows.count, b.q_columns, kRows);
+    pack_b_transposed<Op>(d_out, d_out_stride, p_.dim_v, rows.count, b.d_out_columns, kRows);
+    zero_columns(b.q_columns, layout_.depth_qk, rows.count);
+    zero_columns(b.d_out_columns, layout_.depth_v, rows.count);
+    pack_b<Op>(q, q_stride, rows.count, p_.dim_qk, b.q_rows, layout_.cols_qk);
+    pack_b<Op>(d_out, d_out_stride, rows.count, p_.dim_v, b.d_out_rows, layout_.cols_v);
+    zero_rest(b.q_rows, rows.count, layout_.cols_qk);
+    zero_rest(b.d_out_rows, rows.count, layout_.cols_v);
+    return all_finite(q, q_stride, rows.count, p_.dim_qk) && all_finite(d_out, d_out_stride, rows.count, p_.dim_v);
+  }
+  // The rows of a block behind each other, in `room` unless rows of one head have one stride anyway.
+  const T* gather(const View& view, const RowBlock& block, int64_t dim, T* room) const {
+    if (group_ == 1) return query<const T>(view, block.sequence, block.rows, 0);
+    for (int64_t r = 0; r < block.rows.count; ++r) {
+      std::memcpy(room + r * dim, query<const T>(view, block.sequence, block.rows, r), dim * sizeof(T));
     }
-    const auto packed = b.rows(slot);
-    pack_b_transposed<Op>(q, p_.dim_qk, p_.dim_qk, rows.count, packed.q_columns, kRows);
-    pack_b_transposed<Op>(d_out, p_.dim_v, p_.dim_v, rows.count, packed.d_out_columns, kRows);
-    zero_columns(packed.q_columns, layout_.depth_qk, rows.count);
-    zero_columns(packed.d_out_columns, layout_.depth_v, rows.count);
-    pack_b<Op>(q, p_.dim_qk, rows.count, p_.dim_qk, packed.q_rows, layout_.cols_qk);
-    pack_b<Op>(d_out, p_.dim_v, rows.count, p_.dim_v, packed.d_out_rows, layout_.cols_v);
-    zero_rest(packed.q_rows, rows.count, layout_.cols_qk);
-    zero_rest(packed.d_out_rows, rows.count, layout_.cols_v);
-    b.seen[slot] = RowIntervals(p_, s, rows, group_, task.latent);
-    b.seen[slot].finite =
-        all_finite(q, p_.dim_qk, rows.count, p_.dim_qk) && all_finite(d_out, p_.dim_v, rows.count, p_.dim_v);
+    return room;
   }
   static void zero_columns(Op* packed, int64_t depth, int64_t count) {
     const int64_t done = padded_cols(count);
@@ -292,91 +292,105 @@ class Backward {
     if (done < kRows) std::memset(static_cast<void*>(packed + done * cols), 0, (kRows - done) * cols * sizeof(Op));
   }
 
-  void pack_keys(BackwardBuffers<T>& b, const Task& task, int64_t k0, int64_t n) {
+  using Keys = typename BackwardBuffers<T>::Keys;
+
+  // Key block from k0 on. Returns whether all of it is finite.
+  bool pack_keys(const Keys& keys, const Task& task, int64_t k0) const {
+    const int64_t n = std::min(kKeys, task.segment.length - k0);
     const View &kv = task.latent ? p_.latent_k : p_.k, &vv = task.latent ? p_.latent_v : p_.v;
     const T* k = at<T>(kv, task.segment.batch, task.segment.begin + k0, task.kv_head);
     const T* v = at<T>(vv, task.segment.batch, task.segment.begin + k0, task.kv_head);
-    pack_a<Op>(k, kv.time_stride, n, p_.dim_qk, b.k, layout_.depth_qk);
-    pack_a<Op>(v, vv.time_stride, n, p_.dim_v, b.v, layout_.depth_v);
-    std::memset(static_cast<void*>(b.k + n * layout_.depth_qk), 0, (kKeys - n) * layout_.depth_qk * sizeof(Op));
-    std::memset(static_cast<void*>(b.v + n * layout_.depth_v), 0, (kKeys - n) * layout_.depth_v * sizeof(Op));
-    if (want_dq_) pack_a_transposed(b.k, layout_.depth_qk, kKeys, p_.dim_qk, b.k_transposed, kKeys);
-    b.keys_finite = all_finite(k, kv.time_stride, n, p_.dim_qk) && all_finite(v, vv.time_stride, n, p_.dim_v);
+    pack_a<Op>(k, kv.time_stride, n, p_.dim_qk, keys.k, layout_.depth_qk);
+    pack_a<Op>(v, vv.time_stride, n, p_.dim_v, keys.v, layout_.depth_v);
+    std::memset(static_cast<void*>(keys.k + n * layout_.depth_qk), 0, (kKeys - n) * layout_.depth_qk * sizeof(Op));
+    std::memset(static_cast<void*>(keys.v + n * layout_.depth_v), 0, (kKeys - n) * layout_.depth_v * sizeof(Op));
+    if (want_dq_) pack_a_transposed(k, kv.time_stride, n, p_.dim_qk, keys.k_transposed, kKeys);
+    return all_finite(k, kv.time_stride, n, p_.dim_qk) && all_finite(v, vv.time_stride, n, p_.dim_v);
   }
 
-  void tile(BackwardBuffers<T>& b, const Task& task, const Partial& partial, const Unit& u, const Sequence& s,
-            int64_t block, int64_t k0, int64_t n, C* dk, C* dv) {
-    const int64_t slot = block - partial.begin;
-    const RowIntervals& seen = b.seen[slot];
+  // stats, place: of the row block, in lse_ and delta_, and in dq_.
+  void tile(BackwardBuffers<T>& b, const Task& task, const RowBlock& block, int64_t stats, int64_t place, int64_t k0,
+            const Keys& all, bool finite) {
+    const RowIntervals& seen = block.seen;
+    const int64_t n = std::min(kKeys, task.segment.length - k0);
     if (seen.low >= k0 + n || seen.high <= k0) return;
     // Keys [j0, j1) of the block, in units that the products take.
     const int64_t j0 = std::max<int64_t>(seen.low - k0, 0) / kKeyStep * kKeyStep;
     const int64_t j1 = std::min(kKeys, round_up(std::min(seen.high - k0, n), kKeyStep)), keys = j1 - j0;
     const bool full = seen.all_low <= k0 + j0 && seen.all_high >= k0 + j1;
-    const auto rows = b.rows(slot);
-    const Op* k = b.k + j0 * layout_.depth_qk;
-    gemm<Op>(keys, kRows, layout_.depth_qk, k, layout_.depth_qk, rows.q_columns, kRows, b.scores, kRows, false);
-    gemm<Op>(keys, kRows, layout_.depth_v, b.v + j0 * layout_.depth_v, layout_.depth_v, rows.d_out_columns, kRows,
-             b.d_scores, kRows, false);
-    C factor = static_cast<C>(p_.scale * kLog2E);
-    if (layout_.transform) {
-      transform_transposed(p_, s, rows_of(u, block), group_, task.latent, k0 + j0, keys, b.scores, b.derivative);
-      factor = 1;
-    }
-    const C *lse = lse_ + (u.first_block + block) * kRows, *delta = delta_ + (u.first_block + block) * kRows;
-    differentiate(b, layout_, full ? nullptr : &seen, k0 + j0, keys, factor, lse, delta);
-    C* dq = nullptr;
-    bool first = false;
-    if (want_dq_) {
-      dq = dq_ + (partial.offset + slot) * layout_.dq_elements();
-      first = !touched_[partial.offset + slot];
-      touched_[partial.offset + slot] = 1;
-    }
-    if (!full && !(seen.finite && b.keys_finite)) {
-      careful_products(b, seen, slot, k0 + j0, j0, keys, dk, dv, dq, first);
+    const Keys from{all.k + j0 * layout_.depth_qk, all.v + j0 * layout_.depth_v, all.k_transposed + j0,
+                    all.dk + j0 * layout_.cols_qk, all.dv + j0 * layout_.cols_v};
+    C* dq = want_dq_ ? dq_ + place * layout_.dq_elements() : nullptr;
+    const bool first = want_dq_ && !touched_[place];
+    if (want_dq_) touched_[place] = 1;
+    const C *lse = lse_ + stats * kRows, *delta = delta_ + stats * kRows;
+    if (!finite && (!full || kIsSplit<Op>)) {
+      if (first) std::memset(static_cast<void*>(dq), 0, layout_.dq_elements() * sizeof(C));
+      careful_tile(b, task, block, k0 + j0, keys, from, dq, lse, delta);
       return;
     }
-    if (dv != nullptr) {
-      gemm<Op>(keys, layout_.cols_v, kRows, b.p, kRows, rows.d_out_rows, layout_.cols_v, dv + j0 * layout_.cols_v,
-               layout_.cols_v, true);
+    gemm<Op>(keys, kRows, layout_.depth_qk, from.k, layout_.depth_qk, b.q_columns, kRows, b.scores, kRows, false);
+    gemm<Op>(keys, kRows, layout_.depth_v, from.v, layout_.depth_v, b.d_out_columns, kRows, b.d_scores, kRows, false);
+    const C factor = transform(b, block, task.latent, k0 + j0, keys);
+    differentiate(b, layout_, full ? nullptr : &seen, k0 + j0, keys, factor, lse, delta);
+    if (wanted(task.latent ? p_.d_latent_v : p_.dv)) {
+      gemm<Op>(keys, layout_.cols_v, kRows, b.p, kRows, b.d_out_rows, layout_.cols_v, from.dv, layout_.cols_v, true);
     }
-    if (dk != nullptr) {
-      gemm<Op>(keys, layout_.cols_qk, kRows, b.ds, kRows, rows.q_rows, layout_.cols_qk, dk + j0 * layout_.cols_qk,
-               layout_.cols_qk, true);
+    if (wanted(task.latent ? p_.d_latent_k : p_.dk)) {
+      gemm<Op>(keys, layout_.cols_qk, kRows, b.ds, kRows, b.q_rows, layout_.cols_qk, from.dk, layout_.cols_qk, true);
     }
-    if (dq != nullptr) {
-      gemm<Op>(p_.dim_qk, kRows, keys, b.k_transposed + j0, kKeys, b.ds_packed(), kRows, dq, kRows, !first);
+    if (want_dq_) {
+      gemm<Op>(p_.dim_qk, kRows, keys, from.k_transposed, kKeys, b.ds_packed(), kRows, dq, kRows, !first);
     }
   }
+  static bool wanted(const View& gradient) { return gradient.data != nullptr; }
 
-  // A partly masked tile with a NaN or infinity somewhere: 0 * NaN must not reach what does not see it, so only visible
-  // pairs are touched.
-  void careful_products(BackwardBuffers<T>& b, const RowIntervals& seen, int64_t slot, int64_t key0, int64_t j0,
-                        int64_t keys, C* dk, C* dv, C* dq, bool first) {
-    if (first) std::memset(static_cast<void*>(dq), 0, layout_.dq_elements() * sizeof(C));
-    const auto rows = b.rows(slot);
-    for (int64_t j = 0; j < keys; ++j) {
-      for (int64_t r = 0; r < kRows; ++r) {
-        if (key0 + j < seen.begin[r] || key0 + j >= seen.end[r]) continue;
-        const C p = static_cast<C>(to_float(b.p[j * kRows + r])), ds = static_cast<C>(to_float(b.ds[j * kRows + r]));
-        for (int64_t d = 0; dv != nullptr && d < p_.dim_v; ++d) {
-          dv[(j0 + j) * layout_.cols_v + d] += p * packed_element(rows.d_out_rows, layout_.cols_v, r, d);
-        }
-        for (int64_t d = 0; dk != nullptr && d < p_.dim_qk; ++d) {
-          dk[(j0 + j) * layout_.cols_qk + d] += ds * packed_element(rows.q_rows, layout_.cols_qk, r, d);
-        }
-        for (int64_t d = 0; dq != nullptr && d < p_.dim_qk; ++d) {
-          dq[d * kRows + r] += ds * static_cast<C>(to_float(b.k[(j0 + j) * layout_.depth_qk + d]));
+  // Softcap and linear bias of a tile's scores. Returns what makes them logits in base 2.
+  C transform(BackwardBuffers<T>& b, const RowBlock& block, bool latent, int64_t key0, int64_t keys) const {
+    if (!layout_.transform) return static_cast<C>(p_.scale * kLog2E);
+    transform_transposed(p_, block.sequence, block.rows, group_, latent, key0, keys, b.scores, b.derivative);
+    return 1;
+  }
+
+  // A tile with a NaN or infinity somewhere, one visible pair after the other: 0 * NaN must not reach what does not see
+  // it, and an infinity has no planes.
+  void careful_tile(BackwardBuffers<T>& b, const Task& task, const RowBlock& block, int64_t key0, int64_t keys,
+                    const Keys& to, C* dq, const C* lse, const C* delta) const {
+    const View &kv = task.latent ? p_.latent_k : p_.k, &vv = task.latent ? p_.latent_v : p_.v;
+    const auto visible_pairs = [&](const auto& body) {
+      for (int64_t j = 0; j < keys; ++j) {
+        const T* k = at<T>(kv, task.segment.batch, task.segment.begin + key0 + j, task.kv_head);
+        const T* v = at<T>(vv, task.segment.batch, task.segment.begin + key0 + j, task.kv_head);
+        for (int64_t r = 0; r < block.rows.count; ++r) {
+          if (key0 + j < block.seen.begin[r] || key0 + j >= block.seen.end[r]) continue;
+          body(j, r, k, v, query<const T>(p_.q, block.sequence, block.rows, r),
+               query<const T>(p_.d_out, block.sequence, block.rows, r));
         }
       }
-    }
-  }
-  static C packed_element(const Op* packed, int64_t cols, int64_t row, int64_t col) {
-    return static_cast<C>(to_float(packed[row / kPair<Op> * kPair<Op> * cols + col * kPair<Op> + row % kPair<Op>]));
+    };
+    std::memset(static_cast<void*>(b.scores), 0, keys * kRows * sizeof(C));
+    visible_pairs([&](int64_t j, int64_t r, const T* k, const T* v, const T* q, const T* d_out) {
+      b.scores[j * kRows + r] = dot(q, k, p_.dim_qk);
+      b.d_scores[j * kRows + r] = dot(d_out, v, p_.dim_v);
+    });
+    const C factor = transform(b, block, task.latent, key0, keys);
+    visible_pairs([&](int64_t j, int64_t r, const T* k, const T*, const T* q, const T* d_out) {
+      const int64_t e = j * kRows + r;
+      const C weight = std::exp2(b.scores[e] * factor - lse[r]);
+      C d_score = weight * (b.d_scores[e] - delta[r]);
+      if (b.derivative != nullptr) d_score *= b.derivative[e];
+      const auto add = [](C a, const T* x, int64_t dim, C* sum, int64_t stride) {
+        for (int64_t d = 0; d < dim; ++d) sum[d * stride] += a * static_cast<C>(to_float(x[d]));
+      };
+      add(weight, d_out, p_.dim_v, to.dv + j * layout_.cols_v, 1);
+      add(d_score, q, p_.dim_qk, to.dk + j * layout_.cols_qk, 1);
+      if (dq != nullptr) add(d_score, k, p_.dim_qk, dq + r, kRows);
+    });
   }
 
-  void write_keys(const Task& task, const View& view, const C* acc, int64_t cols, int64_t dim, int64_t k0, int64_t n,
+  void write_keys(const Task& task, const View& view, const C* acc, int64_t cols, int64_t dim, int64_t k0,
                   C scale) const {
+    const int64_t n = std::min(kKeys, task.segment.length - k0);
     for (int64_t j = 0; j < n; ++j) {
       const int64_t row = task.segment.begin + k0 + j;
       const C* from = acc + j * cols;

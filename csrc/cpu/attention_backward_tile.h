@@ -6,6 +6,8 @@
 namespace yoco::cpu::YOCO_ISA {
 namespace {
 
+// Key blocks that a block of rows takes one after the other, with their gradients: they stay in L2.
+constexpr int64_t kGroupBytes = int64_t{1} << (YOCO_HAS_AMX ? 20 : 18);
 constexpr int64_t kKeyStep = 32;  // key counts of a tile: what every product takes as rows and as depth
 // lse of a row that sees nothing: any score minus this is far below the smallest exponent.
 template <class C>
@@ -15,9 +17,7 @@ constexpr C kUnseen = static_cast<C>(1e30);
 struct RowIntervals {
   int32_t begin[kRows], end[kRows];
   int64_t low = INT64_MAX, high = 0, all_low = 0, all_high = INT64_MAX;
-  bool finite = true;  // q and d_out of these rows
 
-  RowIntervals() = default;
   RowIntervals(const AttentionParams& p, const Sequence& s, const Rows& rows, int64_t group, bool latent) {
     const Intervals seen(p, s, rows, group, latent);
     low = seen.low, high = seen.high;
@@ -31,9 +31,19 @@ struct RowIntervals {
   }
 };
 
+// The rows of a tile.
+struct RowBlock {
+  const Sequence& sequence;
+  const Rows rows;
+  const RowIntervals seen;
+
+  RowBlock(const AttentionParams& p, const Sequence& s, const Rows& r, int64_t group, bool latent)
+      : sequence(s), rows(r), seen(p, s, r, group, latent) {}
+};
+
 template <class T>
 struct BackwardLayout {
-  using Op = MatrixOperand<T>;
+  using Op = SplitOperand<T>;
   using C = Accumulator<Op>;
 
   explicit BackwardLayout(const AttentionParams& p)
@@ -48,12 +58,13 @@ struct BackwardLayout {
 
   int64_t dq_elements() const { return cols_qk * kRows; }
   int64_t accumulator_elements() const { return kKeys * (cols_qk + cols_v); }
-  int64_t row_block_elements() const { return kRows * (depth_qk + depth_v + cols_qk + cols_v); }
-  size_t bytes(int64_t row_blocks, int64_t accumulators) const {
-    const int64_t ops = row_blocks * row_block_elements() + kKeys * (depth_qk + depth_v + cols_qk) + 3 * kKeys * kRows;
-    const int64_t wide = (softcap ? 3 : 2) * kKeys * kRows + accumulators * accumulator_elements();
-    return row_blocks * sizeof(RowIntervals) + ops * sizeof(Op) + wide * sizeof(C) +
-           kRows * (dim_qk + dim_v) * sizeof(T) + 16 * 64;
+  int64_t row_elements() const { return kRows * (depth_qk + depth_v + cols_qk + cols_v); }
+  int64_t key_elements() const { return kKeys * (depth_qk + depth_v + cols_qk); }
+  int64_t key_bytes() const { return key_elements() * sizeof(Op) + accumulator_elements() * sizeof(C); }
+  int64_t group() const { return std::max<int64_t>(1, kGroupBytes / key_bytes()); }  // in key blocks
+  size_t bytes() const {
+    const int64_t ops = row_elements() + 3 * kKeys * kRows, wide = (softcap ? 3 : 2) * kKeys * kRows;
+    return group() * key_bytes() + ops * sizeof(Op) + wide * sizeof(C) + kRows * (dim_qk + dim_v) * sizeof(T) + 16 * 64;
   }
 
   const int64_t dim_qk, dim_v, depth_qk, depth_v, cols_qk, cols_v;
@@ -63,22 +74,22 @@ struct BackwardLayout {
 // The scratch of one task, carved up.
 template <class T>
 struct BackwardBuffers {
-  using Op = MatrixOperand<T>;
+  using Op = SplitOperand<T>;
   using C = Accumulator<Op>;
 
-  struct PackedRows {
-    Op* q_columns;      // B = Q^T    [depth_qk, kRows]
-    Op* d_out_columns;  // B = dO^T   [depth_v, kRows]
-    Op* q_rows;         // B = Q      [kRows, cols_qk]
-    Op* d_out_rows;     // B = dO     [kRows, cols_v]
+  struct Keys {        // of one block
+    Op *k, *v;         // A [kKeys, depth]
+    Op* k_transposed;  // A = K^T [cols_qk, kKeys]
+    C *dk, *dv;        // [kKeys, cols]
   };
 
-  BackwardBuffers(const BackwardLayout<T>& l, char* memory, int64_t row_blocks) : layout(l), next_(memory) {
-    seen = take<RowIntervals>(row_blocks);
-    packed_rows_ = take<Op>(row_blocks * l.row_block_elements());
-    k = take<Op>(kKeys * l.depth_qk);
-    v = take<Op>(kKeys * l.depth_v);
-    k_transposed = take<Op>(kKeys * l.cols_qk);
+  BackwardBuffers(const BackwardLayout<T>& l, char* memory) : layout(l), next_(memory) {
+    keys_ = take<Op>(l.group() * l.key_elements());
+    accumulators_ = take<C>(l.group() * l.accumulator_elements());
+    q_columns = take<Op>(kRows * l.depth_qk);
+    d_out_columns = take<Op>(kRows * l.depth_v);
+    q_rows = take<Op>(kRows * l.cols_qk);
+    d_out_rows = take<Op>(kRows * l.cols_v);
     p = take<Op>(kKeys * kRows);
     ds = take<Op>(kKeys * kRows);
     if (kPair<Op> == 2) ds_pairs = take<Op>(kKeys * kRows);
@@ -86,30 +97,29 @@ struct BackwardBuffers {
     d_scores = take<C>(kKeys * kRows);
     derivative = l.softcap ? take<C>(kKeys * kRows) : nullptr;
     gather = take<T>(kRows * (l.dim_qk + l.dim_v));
-    accumulators_ = take<C>(0);
   }
 
-  PackedRows rows(int64_t slot) const {
-    PackedRows r;
-    r.q_columns = packed_rows_ + slot * layout.row_block_elements();
-    r.d_out_columns = r.q_columns + layout.depth_qk * kRows;
-    r.q_rows = r.d_out_columns + layout.depth_v * kRows;
-    r.d_out_rows = r.q_rows + kRows * layout.cols_qk;
-    return r;
+  // Block i of the group.
+  Keys keys(int64_t i) const {
+    Keys keys;
+    keys.k = keys_ + i * layout.key_elements();
+    keys.v = keys.k + kKeys * layout.depth_qk;
+    keys.k_transposed = keys.v + kKeys * layout.depth_v;
+    keys.dk = accumulators_ + i * layout.accumulator_elements();
+    keys.dv = keys.dk + kKeys * layout.cols_qk;
+    return keys;
   }
-  // dK [kKeys, cols_qk], then dV [kKeys, cols_v].
-  C* accumulator(int64_t i) const { return accumulators_ + i * layout.accumulator_elements(); }
   const Op* ds_packed() const { return kPair<Op> == 2 ? ds_pairs : ds; }
 
   const BackwardLayout<T>& layout;
-  RowIntervals* seen;
-  Op *k, *v;                          // A [kKeys, depth]
-  Op* k_transposed;                   // A = K^T [cols_qk, kKeys]
+  Op* q_columns;                      // B = Q^T    [depth_qk, kRows]
+  Op* d_out_columns;                  // B = dO^T   [depth_v, kRows]
+  Op* q_rows;                         // B = Q      [kRows, cols_qk]
+  Op* d_out_rows;                     // B = dO     [kRows, cols_v]
   Op *p, *ds;                         // A = P^T, dS^T [kKeys, kRows]
   Op* ds_pairs = nullptr;             // B = dS^T where operands are packed in pairs
   C *scores, *d_scores, *derivative;  // [kKeys, kRows]
   T* gather;
-  bool keys_finite = true;
 
  private:
   template <class E>
@@ -119,16 +129,20 @@ struct BackwardBuffers {
     return here;
   }
   char* next_;
-  Op* packed_rows_;
+  Op* keys_;
   C* accumulators_;
 };
 
-// dst[d][j] = src[j][d].
-template <class Op>
-void pack_a_transposed(const Op* src, int64_t stride, int64_t keys, int64_t dim, Op* dst, int64_t lda) {
-  for (int64_t j0 = 0; j0 < keys; j0 += 32) {
-    for (int64_t d = 0; d < dim; ++d) {
-      for (int64_t j = j0; j < j0 + 32; ++j) dst[d * lda + j] = src[j * stride + d];
+// A [dim, lda]: dst[d][j] = src[j][d], zero for keys in [n, kKeys).
+template <class Op, class T>
+void pack_a_transposed(const T* src, int64_t stride, int64_t n, int64_t dim, Op* dst, int64_t lda) {
+  for (int64_t j0 = 0; j0 < kKeys; j0 += 32) {
+    if constexpr (kIsSplit<Op>) {
+      split_transposed(src + j0 * stride, stride, n - j0, dim, dst + j0, lda);
+    } else {
+      for (int64_t d = 0; d < dim; ++d) {
+        for (int64_t j = j0; j < j0 + 32; ++j) dst[d * lda + j] = j < n ? to_operand<Op>(src[j * stride + d]) : Op{};
+      }
     }
   }
 }
@@ -186,9 +200,9 @@ YOCO_INLINE __m512i interleave_halves(__m512i rows) {
 // exactly zero in both. seen: null when every row sees every key of the tile.
 template <bool kMasked, class T>
 void differentiate_tile(const BackwardBuffers<T>& b, const RowIntervals* seen, int64_t k0, int64_t keys,
-                        Accumulator<MatrixOperand<T>> factor, const Accumulator<MatrixOperand<T>>* lse,
-                        const Accumulator<MatrixOperand<T>>* delta) {
-  using Op = MatrixOperand<T>;
+                        Accumulator<SplitOperand<T>> factor, const Accumulator<SplitOperand<T>>* lse,
+                        const Accumulator<SplitOperand<T>>* delta) {
+  using Op = SplitOperand<T>;
   using C = Accumulator<Op>;
   C begin[kRows], end[kRows];  // visible keys of each row, relative to k0
   if constexpr (kMasked) {
@@ -198,29 +212,39 @@ void differentiate_tile(const BackwardBuffers<T>& b, const RowIntervals* seen, i
     }
   }
   const Vec<C> scale = splat(factor);
+  const auto entries = [&](int64_t j, int64_t r, Vec<C>& p, Vec<C>& ds) __attribute__((always_inline)) {
+    const int64_t e = j * kRows + r;
+    p = exp2_nonpositive(load<C>(b.scores + e) * scale - load<C>(lse + r));
+    ds = p * (load<C>(b.d_scores + e) - load<C>(delta + r));
+    if (b.derivative != nullptr) ds *= load<C>(b.derivative + e);
+    if constexpr (kMasked) {
+      const Vec<C> key = splat(static_cast<C>(j));
+      const auto visible = (load<C>(begin + r) <= key) & (load<C>(end + r) > key);
+      p = visible ? p : Vec<C>{};
+      ds = visible ? ds : Vec<C>{};
+    }
+  };
+  // Two keys, and as many rows as make one row of a tile.
+  constexpr int kVectors = kIsSplit<Op> ? 2 : 1;
   for (int64_t j = 0; j < keys; j += 2) {
-    for (int64_t r = 0; r < kRows; r += kLanes<C>) {
-      Vec<C> p[2], ds[2];
-      const Vec<C> row_lse = load<C>(lse + r), row_delta = load<C>(delta + r);
+    for (int64_t r = 0; r < kRows; r += kVectors * kLanes<C>) {
+      Vec<C> p[2][kVectors], ds[2][kVectors];
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        const int64_t e = (j + i) * kRows + r;
-        p[i] = exp2_nonpositive(load<C>(b.scores + e) * scale - row_lse);
-        ds[i] = p[i] * (load<C>(b.d_scores + e) - row_delta);
-        if (b.derivative != nullptr) ds[i] *= load<C>(b.derivative + e);
-        if constexpr (kMasked) {
-          const Vec<C> key = splat(static_cast<C>(j + i));
-          const auto visible = (load<C>(begin + r) <= key) & (load<C>(end + r) > key);
-          p[i] = visible ? p[i] : Vec<C>{};
-          ds[i] = visible ? ds[i] : Vec<C>{};
-        }
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) entries(j + i, r + v * kLanes<C>, p[i][v], ds[i][v]);
+      }
+      if constexpr (kIsSplit<Op>) {
+        for (int i = 0; i < 2; ++i) split_vectors(p[i], b.p + (j + i) * kRows + r);
+        split_vector_pairs(ds, b.ds + j * kRows + r, kRows, b.ds_pairs + j * kRows + 2 * r);
+        continue;
       }
 #if YOCO_HAS_BF16_DOT
       if constexpr (std::is_same_v<Op, BFloat16>) {
         const auto halves = [](Vec<C> low, Vec<C> high) {
           return bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
         };
-        const __m512i p2 = halves(p[0], p[1]), ds2 = halves(ds[0], ds[1]);
+        const __m512i p2 = halves(p[0][0], p[1][0]), ds2 = halves(ds[0][0], ds[1][0]);
         const auto store_halves = [&](Op* to, __m512i both) {
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j * kRows + r), _mm512_castsi512_si256(both));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (j + 1) * kRows + r), _mm512_extracti64x4_epi64(both, 1));
@@ -231,10 +255,11 @@ void differentiate_tile(const BackwardBuffers<T>& b, const RowIntervals* seen, i
         continue;
       }
 #endif
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        store<C>(b.p + (j + i) * kRows + r, p[i]);
-        store<C>(b.ds + (j + i) * kRows + r, ds[i]);
+      if constexpr (!kIsSplit<Op>) {
+        for (int i = 0; i < 2; ++i) {
+          store<C>(b.p + (j + i) * kRows + r, p[i][0]);
+          store<C>(b.ds + (j + i) * kRows + r, ds[i][0]);
+        }
       }
     }
   }
