@@ -79,7 +79,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     wanted = marker.args if marker else BACKENDS
     chosen = metafunc.config.getoption("backend") or BACKENDS
     names = [name for name in available_backends() if name in wanted and name in chosen]
-    metafunc.parametrize("backend", names, indirect=True)
+    absent = pytest.mark.skip(reason=f"runs on {' or '.join(wanted)} only, which is not here (or was not chosen)")
+    metafunc.parametrize("backend", names or [pytest.param(None, id="absent", marks=absent)], indirect=True)
 
 
 @pytest.fixture
