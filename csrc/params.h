@@ -34,6 +34,8 @@ struct RotaryOnLoad {
 // S_t = exp(g_t) S_{t-1} + k_t^T v_t,  o_t = scale * q_t S_t.  State dtype: float32 (float64 for float64 inputs).
 // gate_normalizer > 0: g holds logits x, the log decay is logsigmoid(x) / gate_normalizer, and dg is the gradient of x.
 // 0: g is the log decay itself.
+// output_gate: the layer's end is part of the call, y = o / sqrt(mean_dim(o^2) + norm_eps) * silu(output_gate) per
+// head.
 struct RetentionParams {
   DType dtype;       // of q, k, v, o and their gradients
   DType gate_dtype;  // of g and dg: dtype or float32
@@ -48,11 +50,13 @@ struct RetentionParams {
   const void* initial_state;  // [num_sequences, heads, dim_k, dim_v] contiguous, or null (zero)
   void* final_state;          // same shape, or null (not wanted)
   RotaryOnLoad rotary;        // of q and k; states belong to the rotated k
+  View output_gate, y;        // [batch, time, heads, dim_v], or null data: o is the result
+  double norm_eps;            // with output_gate; o may then have null data (not wanted)
   void* workspace;            // *_workspace(params) bytes, 256-byte aligned; contents undefined
 };
 
 struct RetentionBackwardParams : RetentionParams {
-  // o and final_state of the base are unused.
+  // o, final_state, output_gate, y and norm_eps of the base are unused.
   View d_o;                   // [batch, time, heads, dim_v]
   const void* d_final_state;  // [num_sequences, heads, dim_k, dim_v] or null (zero)
   View dq, dk;                // [batch, time, heads, dim_k]
@@ -69,6 +73,8 @@ struct RetentionStepParams {
   View q, k, v, o, g;
   void* state;  // [batch, heads, dim_k, dim_v] contiguous, in and out
   RotaryOnLoad rotary;
+  View output_gate;  // [batch, time, heads, dim_v], or null data; with it o is RetentionParams' y
+  double norm_eps;
 };
 
 // ---- attention
@@ -318,6 +324,6 @@ struct KernelTable {
   size_t (*pair_norm_backward_workspace)(const PairNormBackwardParams&, const Launch&);
 };
 
-constexpr int32_t kKernelTableVersion = 4;
+constexpr int32_t kKernelTableVersion = 5;
 
 }  // namespace yoco
