@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -46,140 +46,184 @@ def attention(
     device, dtype, time, heads, dim, *, batch=1, backward=False, time_k=None, heads_kv=None, flex=True
 ) -> Case:
     time_k, heads_kv = time_k or time, heads_kv or heads
-    q = _randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward)
-    k, v = (_randn(batch, time_k, heads_kv, dim, dtype=dtype, device=device, grad=backward) for _ in range(2))
-    runs = {OURS: lambda q, k, v: yoco_ext.attention(q, k, v)}
-    if time == time_k:
-        runs["sdpa"] = lambda q, k, v: peers.sdpa(q, k, v, causal=True)
-    elif time == 1:  # one query sees every key
-        runs["sdpa"] = lambda q, k, v: peers.sdpa(q, k, v)
-    elif time * time_k <= 2**27:
-        mask = peers.window_mask(time, time_k, time_k, device)
-        runs["sdpa with mask"] = lambda q, k, v: peers.sdpa(q, k, v, mask)
-    if device.type == "cuda" and dtype != torch.float32:
-        if time in (1, time_k):
-            runs["sdpa cudnn"] = lambda q, k, v: peers.sdpa_cudnn(q, k, v, causal=time > 1)
-        if flex:
-            runs["flex compiled"] = peers.flex_window(time, time_k, -1, device)
-        runs |= peers.gpu_attention_peers((-1, -1), square=time == time_k)
+    queries, keys = batch * time * heads * dim, batch * time_k * heads_kv * dim
+
+    def make():
+        q = _randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward)
+        k, v = (_randn(batch, time_k, heads_kv, dim, dtype=dtype, device=device, grad=backward) for _ in range(2))
+        runs = {OURS: lambda q, k, v: yoco_ext.attention(q, k, v)}
+        low_gpu = device.type == "cuda" and dtype != torch.float32
+        if time in (1, time_k):  # one query sees every key
+            runs["sdpa"] = lambda q, k, v: peers.sdpa(q, k, v, causal=time > 1)
+            if low_gpu:
+                runs["sdpa cudnn"] = lambda q, k, v: peers.sdpa_cudnn(q, k, v, causal=time > 1)
+        elif time * time_k <= 2**27:
+            runs |= _with_mask(peers.window_mask(time, time_k, time_k, device), low_gpu)
+        if low_gpu:
+            if flex:
+                runs["flex compiled"] = peers.flex_window(time, time_k, -1, device)
+            runs |= peers.gpu_attention_peers((-1, -1), square=time == time_k)
+        return runs, [q, k, v]
+
     pairs = visible_pairs(time, time_k) * batch * heads
-    elements = q.numel() * 2 + k.numel() * 2
     shape = f"B{batch} T{time}{'' if time == time_k else f'/{time_k}'} H{heads}/{heads_kv} D{dim} causal"
-    return _case("attention", shape, dtype, pairs * 4 * dim, elements * SIZE[dtype], runs, [q, k, v], backward)
+    bytes_ = 2 * (queries + keys) * SIZE[dtype]
+    return _case("attention", shape, dtype, pairs * 4 * dim, bytes_, max(queries, keys), make, backward)
+
+
+def _with_mask(mask: Tensor, cudnn: bool) -> dict[str, Callable]:
+    """SDPA has no window and no bottom-right causality: a mask says it."""
+    runs = {"sdpa with mask": lambda q, k, v: peers.sdpa(q, k, v, mask)}
+    if cudnn:
+        runs["sdpa cudnn with mask"] = lambda q, k, v: peers.sdpa_cudnn(q, k, v, mask)
+    return runs
 
 
 def window(device, dtype, time, heads, dim, left, *, batch=1, backward=False, flex=True) -> Case:
-    q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
-    runs = {OURS: lambda q, k, v: yoco_ext.sliding_window_attention(q, k, v, (left - 1, 0))}
-    if time <= 8192:
-        mask = peers.window_mask(time, time, left - 1, device)
-        runs["sdpa with mask"] = lambda q, k, v: peers.sdpa(q, k, v, mask)
-    if flex and not (backward and device.type == "cpu"):  # FlexAttention has no backward on the CPU
-        runs["flex compiled"] = peers.flex_window(time, time, left - 1, device)
-    if device.type == "cuda" and dtype != torch.float32:
-        runs |= peers.gpu_attention_peers((left - 1, 0))
+    elements = batch * time * heads * dim
+
+    def make():
+        q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
+        runs = {OURS: lambda q, k, v: yoco_ext.sliding_window_attention(q, k, v, (left - 1, 0))}
+        low_gpu = device.type == "cuda" and dtype != torch.float32
+        if time <= 8192:
+            runs |= _with_mask(peers.window_mask(time, time, left - 1, device), low_gpu)
+        if flex and not (backward and device.type == "cpu"):  # FlexAttention has no backward on the CPU
+            runs["flex compiled"] = peers.flex_window(time, time, left - 1, device)
+        if low_gpu:
+            runs |= peers.gpu_attention_peers((left - 1, 0))
+        return runs, [q, k, v]
+
     flops = visible_pairs(time, time, left - 1) * batch * heads * 4 * dim
     shape = f"B{batch} T{time} H{heads} D{dim} window {left}"
-    return _case("window", shape, dtype, flops, 4 * q.numel() * SIZE[dtype], runs, [q, k, v], backward)
+    return _case("window", shape, dtype, flops, 4 * elements * SIZE[dtype], elements, make, backward)
 
 
 def differential(device, dtype, time, heads, dim, *, batch=1, backward=False) -> Case:
     """Differential attention, `heads` pairs; the peers' way is four attention calls, difference and norm in torch."""
-    q, k = (_randn(batch, time, 2 * heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(2))
-    v = _randn(batch, time, heads, 2 * dim, dtype=dtype, device=device, grad=backward)
-    weight = _randn(2 * dim, dtype=dtype, device=device)
-    runs = {OURS: lambda q, k, v: yoco_ext.differential_attention(q, k, v, 0.6, weight, lambda_init=0.2)}
-    four = {
-        "four calls of yoco_ext": yoco_ext.attention,
-        "four calls of sdpa": lambda q, k, v: peers.sdpa(q, k, v, causal=True),
-    }
-    if device.type == "cuda" and dtype != torch.float32:
-        four["four calls of sdpa cudnn"] = lambda q, k, v: peers.sdpa_cudnn(q, k, v, causal=True)
-        four |= {f"four calls of {name}": run for name, run in peers.gpu_attention_peers((-1, -1)).items()}
-    for name, attend in four.items():
-        runs[name] = lambda q, k, v, attend=attend: peers.differential(attend, q, k, v, 0.6, weight, 0.2)
+    elements = batch * time * 2 * heads * dim
+
+    def make():
+        q, k = (_randn(batch, time, 2 * heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(2))
+        v = _randn(batch, time, heads, 2 * dim, dtype=dtype, device=device, grad=backward)
+        weight = _randn(2 * dim, dtype=dtype, device=device)
+        runs = {OURS: lambda q, k, v: yoco_ext.differential_attention(q, k, v, 0.6, weight, lambda_init=0.2)}
+        four = {
+            "four calls of yoco_ext": yoco_ext.attention,
+            "four calls of sdpa": lambda q, k, v: peers.sdpa(q, k, v, causal=True),
+        }
+        if device.type == "cuda" and dtype != torch.float32:
+            four["four calls of sdpa cudnn"] = lambda q, k, v: peers.sdpa_cudnn(q, k, v, causal=True)
+            four |= {f"four calls of {name}": run for name, run in peers.gpu_attention_peers((-1, -1)).items()}
+        for name, attend in four.items():
+            runs[name] = lambda q, k, v, attend=attend: peers.differential(attend, q, k, v, 0.6, weight, 0.2)
+        return runs, [q, k, v]
+
     # Useful work: both softmaxes once, each over values of twice the dimension.
     flops = visible_pairs(time, time) * batch * heads * 12 * dim
-    bytes_ = 4 * q.numel() * SIZE[dtype]
     shape = f"B{batch} T{time} H{heads} D{dim}/{2 * dim} causal"
-    return _case("differential", shape, dtype, flops, bytes_, runs, [q, k, v], backward)
+    return _case("differential", shape, dtype, flops, 4 * elements * SIZE[dtype], elements, make, backward)
 
 
 def retention(
-    device, dtype, batch, time, heads, dim, *, backward=False, reference=False, compiled=True, rotary=False
+    device, dtype, batch, time, heads, dim, *, backward=False, reference=False, compiled=True, rotary=False, slow=True
 ) -> Case:
-    """rotary: of q and k on load, against rotary before."""
-    q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
-    g = torch.nn.functional.logsigmoid(torch.randn(batch, time, heads, device=device)).div(16).requires_grad_(backward)
-    runs = {OURS: lambda q, k, v, g: yoco_ext.gated_retention(q, k, v, g)}
-    inv_freq = 10_000.0 ** -torch.linspace(0, 1, dim // 2, device=device)
-    if rotary:
-        runs = {
-            OURS: lambda q, k, v, g: yoco_ext.gated_retention(q, k, v, g, inv_freq=inv_freq),
-            "rotary before": lambda q, k, v, g: yoco_ext.gated_retention(
-                yoco_ext.rotary(q, inv_freq), yoco_ext.rotary(k, inv_freq), v, g
-            ),
-        }
-    # Its loop over chunks is unrolled: minutes of compiling beyond that.
-    elif compiled and (device.type == "cpu" or time <= 4096):
-        runs["chunkwise compiled"] = lambda q, k, v, g: peers.compiled_retention()(q, k, v, g)
-    if device.type == "cuda" and not rotary:
-        runs |= peers.gpu_retention_peers()
-    if reference:
-        runs["reference"] = lambda q, k, v, g: yoco_ext.reference.gated_retention(q, k, v, g)
+    """rotary: of q and k on load, against rotary before. slow: fla's slower forms too."""
+    elements = batch * time * heads * dim
+
+    def make():
+        q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
+        g = torch.nn.functional.logsigmoid(torch.randn(batch, time, heads, device=device)).div(16)
+        runs = {OURS: lambda q, k, v, g: yoco_ext.gated_retention(q, k, v, g)}
+        inv_freq = 10_000.0 ** -torch.linspace(0, 1, dim // 2, device=device)
+        if rotary:
+            runs = {
+                OURS: lambda q, k, v, g: yoco_ext.gated_retention(q, k, v, g, inv_freq=inv_freq),
+                "rotary before": lambda q, k, v, g: yoco_ext.gated_retention(
+                    yoco_ext.rotary(q, inv_freq), yoco_ext.rotary(k, inv_freq), v, g
+                ),
+            }
+        # Its loop over chunks is unrolled: minutes of compiling beyond that.
+        elif compiled and (device.type == "cpu" or time <= 4096):
+            runs["chunkwise compiled"] = lambda q, k, v, g: peers.compiled_retention()(q, k, v, g)
+        if device.type == "cuda" and not rotary:
+            runs |= peers.gpu_retention_peers(slow=slow and time <= 16384)
+        if reference:
+            runs["reference"] = lambda q, k, v, g: yoco_ext.reference.gated_retention(q, k, v, g)
+        return runs, [q, k, v, g.requires_grad_(backward)]
+
     chunk = 64  # useful work: state update and query, and the lower triangle of each chunk
     flops = batch * time * heads * (4 * dim * dim + (chunk + 1) * 2 * dim)
-    bytes_ = 4 * q.numel() * SIZE[dtype] + 4 * g.numel()
+    bytes_ = 4 * elements * SIZE[dtype] + 4 * batch * time * heads
     shape = f"B{batch} T{time} H{heads} D{dim}"
     op = "retention with rotary" if rotary else "retention"
-    return _case(op, shape, dtype, flops, bytes_, runs, [q, k, v, g], backward)
+    return _case(op, shape, dtype, flops, bytes_, elements, make, backward)
 
 
-def _case(op, shape, dtype, flops, bytes_, runs, inputs, backward) -> Case:
+def _case(op, shape, dtype, flops, bytes_, largest, make, backward) -> Case:
+    """make: () -> implementations called with the inputs, inputs. bytes_: the forward's inputs and output once."""
+
+    def calls():
+        runs, inputs = make()
+        if not backward:
+            return {name: (lambda run=run: run(*inputs)) for name, run in runs.items()}
+        d_out: list[Tensor] = []
+        return {name: _backward(run, inputs, d_out) for name, run in runs.items()}
+
     if not backward:
-        calls = {name: (lambda run=run: run(*inputs)) for name, run in runs.items()}
-        return Case(f"{op} forward", shape, dtype, flops, bytes_, calls)
-    d_out: list[Tensor] = []
-    calls = {name: _backward(run, inputs, d_out) for name, run in runs.items()}
-    return Case(f"{op} backward", shape, dtype, 2.5 * flops, 2 * bytes_, calls)
+        return Case(f"{op} forward", shape, dtype, flops, bytes_, calls, bytes_, largest)
+    # Gradients, and an output for every implementation.
+    return Case(f"{op} backward", shape, dtype, 2.5 * flops, 2 * bytes_, calls, 3 * bytes_, largest)
 
 
 def decode(device, dtype, batch, time_k, *, cache_dtype=None, heads=24, heads_kv=8, dim=128) -> Case:
     """One new token per sequence over the shared cache; the peer is memory bandwidth."""
     cache_dtype = cache_dtype or dtype
-    q = _randn(batch, 1, heads, dim, dtype=dtype, device=device)
-    # Made in dtype, not in float32: the largest cache is 34 GB.
-    k, v = (torch.randn(batch, time_k, heads_kv, dim, device=device, dtype=dtype).mul_(8).to(cache_dtype) for _ in "kv")
-    used = torch.full((batch,), time_k, dtype=torch.int32, device=device)
-    scale = torch.full((heads_kv,), 0.125, device=device) if SIZE[cache_dtype] == 1 else None
-    runs = {OURS: lambda: yoco_ext.attention_decode(q, k, v, seqused_k=used, k_scale=scale, v_scale=scale)}
-    if cache_dtype == dtype:
-        runs["sdpa"] = lambda: peers.sdpa(q, k, v)
-        if device.type == "cuda":
-            runs["sdpa cudnn"] = lambda: peers.sdpa_cudnn(q, k, v)
-            for name, run in peers.gpu_decode_peers(batch, time_k, device).items():
-                runs[name] = lambda run=run: run(q, k, v)
+    elements = batch * time_k * heads_kv * dim
+
+    def cache() -> Tensor:
+        made = torch.empty(batch, time_k, heads_kv, dim, device=device, dtype=cache_dtype)
+        for sequence in made:  # one after another: in dtype all of them may not fit
+            sequence.copy_(torch.randn(sequence.shape, device=device, dtype=dtype).mul_(8))
+        return made
+
+    def make():
+        q = _randn(batch, 1, heads, dim, dtype=dtype, device=device)
+        k, v = cache(), cache()
+        used = torch.full((batch,), time_k, dtype=torch.int32, device=device)
+        scale = torch.full((heads_kv,), 0.125, device=device) if SIZE[cache_dtype] == 1 else None
+        runs = {OURS: lambda: yoco_ext.attention_decode(q, k, v, seqused_k=used, k_scale=scale, v_scale=scale)}
+        if cache_dtype == dtype:
+            runs["sdpa"] = lambda: peers.sdpa(q, k, v)
+            if device.type == "cuda":
+                runs["sdpa cudnn"] = lambda: peers.sdpa_cudnn(q, k, v)
+                for name, run in peers.gpu_decode_peers(batch, time_k, device).items():
+                    runs[name] = lambda run=run: run(q, k, v)
+        return runs
+
     shape = f"B{batch} Tk{time_k} H{heads}/{heads_kv} D{dim} {str(cache_dtype).removeprefix('torch.')} cache"
-    flops = batch * heads * time_k * 4 * dim
-    return Case("decode", shape, dtype, flops, (k.numel() + v.numel()) * SIZE[cache_dtype], runs)
+    bytes_ = 2 * elements * SIZE[cache_dtype]
+    return Case("decode", shape, dtype, batch * heads * time_k * 4 * dim, bytes_, make, bytes_, elements)
 
 
 def step(device, dtype, batch, heads, dim) -> Case:
-    q, k, v = (_randn(batch, 1, heads, dim, dtype=dtype, device=device) for _ in range(3))
-    g = torch.full((batch, 1, heads), -0.01, device=device)
-    state = torch.zeros(batch, heads, dim, dim, device=device)
+    def make():
+        q, k, v = (_randn(batch, 1, heads, dim, dtype=dtype, device=device) for _ in range(3))
+        g = torch.full((batch, 1, heads), -0.01, device=device)
+        state = torch.zeros(batch, heads, dim, dim, device=device)
 
-    def plain() -> None:
-        state.mul_(g[:, 0, :, None, None].exp()).add_(k[:, 0, :, :, None].float() * v[:, 0, :, None, :].float())
-        torch.einsum("bhk,bhkv->bhv", q[:, 0].float(), state)
+        def plain() -> None:
+            state.mul_(g[:, 0, :, None, None].exp()).add_(k[:, 0, :, :, None].float() * v[:, 0, :, None, :].float())
+            torch.einsum("bhk,bhkv->bhv", q[:, 0].float(), state)
 
-    runs = {OURS: lambda: yoco_ext.gated_retention_step(q, k, v, g, state), "eager": plain}
-    if device.type == "cuda":
-        for name, run in peers.gpu_step_peers().items():
-            runs[name] = lambda run=run: run(q, k, v, g, state)
-    return Case(
-        "retention step", f"B{batch} H{heads} D{dim}", dtype, 4 * batch * heads * dim * dim, 8 * state.numel(), runs
-    )
+        runs = {OURS: lambda: yoco_ext.gated_retention_step(q, k, v, g, state), "eager": plain}
+        if device.type == "cuda":
+            for name, run in peers.gpu_step_peers().items():
+                runs[name] = lambda run=run: run(q, k, v, g, state)
+        return runs
+
+    elements = batch * heads * dim * dim  # of the float32 state, read and written
+    return Case("retention step", f"B{batch} H{heads} D{dim}", dtype, 4 * elements, 8 * elements, make, 4 * elements)
 
 
 def launch(device, dtype, time=256, heads=8, dim=64) -> Iterator[Case]:
@@ -216,43 +260,34 @@ def cpu_suite(quick: bool) -> Iterator[Case]:
     yield from launch(device, torch.bfloat16)
 
 
-def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> Iterator[Case]:  # noqa: B008
+def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> list[Case]:  # noqa: B008
     """quick: fewer lengths, and peers that compile (FlexAttention, retention in PyTorch) for a few of them only. Decode
-    and steps, which have no such peers, come first: a run that is stopped has them."""
-    dtype = torch.bfloat16
+    and steps, which have no such peers, come first: a run that is stopped has them. Tensors of 2^31 elements come last:
+    a peer whose offsets have 32 bits may fault there, and that would end the run."""
+    suite = _cuda_cases(quick, device, torch.bfloat16)
+    return sorted(suite, key=lambda case: case.largest >= 2**31)
+
+
+def _cuda_cases(quick: bool, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     tokens, hidden = 16384, 2048
     for batch in (1, 8, 64):
         for time_k in (4096, 131072) if quick else (4096, 32768, 131072, 1048576):
-            if batch * time_k <= 2**23:  # 34 GB of keys and values in bf16
-                for cache_dtype in (dtype, torch.float8_e4m3fn):
-                    yield decode(device, dtype, batch, time_k, cache_dtype=cache_dtype)
+            for cache_dtype in (dtype, torch.float8_e4m3fn):
+                yield decode(device, dtype, batch, time_k, cache_dtype=cache_dtype)
     for batch in (1, 8, 64):
         yield step(device, dtype, batch, 24, 128)
     for dim in (64, 128, 256):
         for time in (1024, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384):
             for backward in (False, True):
-                yield attention(
-                    device, dtype, time, hidden // dim, dim, batch=tokens // time, backward=backward, flex=not quick
-                )
+                heads, batch = hidden // dim, tokens // time
+                yield attention(device, dtype, time, heads, dim, batch=batch, backward=backward, flex=not quick)
     for left in (256, 1024) if quick else (256, 512, 1024, 4096):
         for dim in (64, 128) if quick else (64, 128, 256):
-            for time in (16384,) if quick else (4096, 16384):
+            for time in (16384,) if quick else (512, 1024, 2048, 4096, 8192, 16384):
                 for backward in (False, True):
                     if left < time:
-                        batch = tokens // time
-                        flex = not quick or left == 1024
-                        yield window(
-                            device, dtype, time, hidden // dim, dim, left, batch=batch, backward=backward, flex=flex
-                        )
-    for time in (1, 16, 1024):
-        for time_k in (8192, 131072) if quick else (8192, 131072, 1048576):
-            for backward in (False, True):
-                yield attention(
-                    device, dtype, time, 24, 128, time_k=time_k, heads_kv=8, backward=backward, flex=not quick
-                )
-    for dim in (64, 128):
-        for backward in (False, True):
-            yield differential(device, dtype, 8192, hidden // (2 * dim), dim, batch=2, backward=backward)
+                        heads, batch, flex = hidden // dim, tokens // time, not quick or left == 1024
+                        yield window(device, dtype, time, heads, dim, left, batch=batch, backward=backward, flex=flex)
     shapes = [
         (1, 8192, 96, 128),
         (2, 16384, 16, 128),
@@ -262,10 +297,21 @@ def cuda_suite(quick: bool, device: torch.device = torch.device("cuda")) -> Iter
         (8, 1024, 8, 64),
     ]
     for shape in shapes:
+        compiled = not quick or shape is shapes[-1]
         for backward in (False, True):
-            yield retention(device, dtype, *shape, backward=backward, compiled=not quick or shape is shapes[-1])
+            yield retention(device, dtype, *shape, backward=backward, compiled=compiled, slow=not quick)
             if not quick or shape is shapes[3]:
                 yield retention(device, dtype, *shape, backward=backward, rotary=True)
     if not quick:
-        yield retention(device, dtype, 1, 2**20, 24, 128)
+        for backward in (False, True):
+            yield retention(device, dtype, 1, 2**20, 24, 128, backward=backward)
+    for time in (1, 16, 1024):
+        for time_k in (8192, 131072) if quick else (8192, 131072, 1048576):
+            for backward in (False, True):
+                yield attention(
+                    device, dtype, time, 24, 128, time_k=time_k, heads_kv=8, backward=backward, flex=not quick
+                )
+    for dim in (64, 128):
+        for backward in (False, True):
+            yield differential(device, dtype, 8192, hidden // (2 * dim), dim, batch=2, backward=backward)
     yield from launch(device, dtype)

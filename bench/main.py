@@ -9,7 +9,7 @@ import torch
 
 from . import cases
 from .ceilings import measure_ceilings
-from .harness import OURS, Result, Timer, format_row, machine, measure, save
+from .harness import OURS, DeviceLost, Result, Timer, both_ways, floor, format_row, machine, measure, save
 from .table import print_table
 
 
@@ -47,28 +47,49 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(names) + f", commit {about['commit']}")
     print("ceilings of this run: " + ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()))
     results: list[Result] = []
+    left_out: dict[str, str] = {}
     failed = 0
     suite = cases.cuda_suite if device.type == "cuda" else cases.cpu_suite
+    limit = float("inf")
+    if device.type == "cuda":
+        limit = 0.9 * torch.cuda.get_device_properties(device).total_memory  # the rest: workspaces, PyTorch, peers
+
+    def keep() -> None:  # after every case: a run that is stopped keeps its figures
+        if options.output:
+            save(options.output, about, ceilings, results, left_out)
+
     for case in suite(options.quick):
-        if options.only not in f"{case.op} {case.shape} {case.dtype}":
+        if options.only not in str(case):
+            continue
+        if case.memory > limit:
+            why = f"needs {case.memory / 1e9:.0f} GB, more than the {limit / 1e9:.0f} GB allowed on {about['device']}"
+            left_out[str(case)] = why
+            print(f"{case}: left out, {why}", flush=True)
+            keep()
             continue
         torch._dynamo.reset()
         try:
             result = measure(case, timer, options.seconds)
         except Exception as error:  # ours: the other cases are worth having all the same
             failed += 1
-            said = " ".join(str(error).split())[:300]
-            print(f"{case.op} {case.shape}: FAILED, {type(error).__name__}: {said}", flush=True)
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            left_out[str(case)] = said
+            print(f"{case}: FAILED, {said}", flush=True)
+            keep()
+            if isinstance(error, DeviceLost):
+                print("FAILED: the GPU takes no more work in this process, the cases behind are missing", flush=True)
+                break
             continue
+        result.floor = floor(result.flops, result.bytes, result.dtype, ceilings)
         results.append(result)
         line = format_row(result)
         if case.op == "decode":
             rate = case.bytes / result.milliseconds[OURS] / 1e6
             line += f"  {rate:.1f} GB/s = {100 * rate / ceilings['read_gbytes']:.0f} % of the read bandwidth"
         print(line, flush=True)
-        if options.output:  # after every case: a run that is stopped keeps its figures
-            save(options.output, about, ceilings, results)
-        del case  # and its tensors, before the next one is made
+        keep()
+    for line in both_ways(results):
+        print(line)
     if options.output:
         print(f"figures: {options.output}")
     if failed:

@@ -18,12 +18,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa).transpose(1, 2)
 
 
-def sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+def sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """SDPA picks FlashAttention-2 by default; on Hopper cuDNN is faster, so a fair comparison forces it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q, k, v, causal=causal)
+        return sdpa(q, k, v, mask, causal)
 
 
 def differential(
@@ -170,13 +170,17 @@ def gpu_decode_peers(batch: int, time_k: int, device: torch.device) -> dict[str,
     return found
 
 
-def gpu_retention_peers() -> dict[str, Callable]:
-    """fla's Triton kernels, which its YOCO model uses."""
+def gpu_retention_peers(slow: bool = True) -> dict[str, Callable]:
+    """fla's Triton kernels for the gated retention of unilm's YOCO: the chunkwise form, which fla's YOCO model trains
+    with; slow: also the form with the state in one kernel, and the one that forms all scores, quadratic in time."""
     try:
-        from fla.ops.simple_gla import chunk_simple_gla
+        from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla, parallel_simple_gla
     except ImportError:
         return {}
-    return {"fla chunk_simple_gla": lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0]}
+    runs = {"fla chunk_simple_gla": chunk_simple_gla}
+    if slow:
+        runs |= {"fla fused_chunk_simple_gla": fused_chunk_simple_gla, "fla parallel_simple_gla": parallel_simple_gla}
+    return {name: (lambda q, k, v, g, run=run: run(q, k, v, g)[0]) for name, run in runs.items()}
 
 
 def gpu_step_peers() -> dict[str, Callable]:
