@@ -122,13 +122,42 @@ def test_gated_retention_with_rotary(make, engine, backend):
     check(function, *inputs, engine=engine, exact=False)
 
 
+@ENGINES
+def test_gated_retention_with_an_output_gate(make, engine):
+    def function(q, k, v, x, gate):
+        return ops.gated_retention(q, k, v, -x.square(), output_gate=gate, norm_eps=1e-3)
+
+    inputs = make(2, 9, 3, 16), make(2, 9, 3, 16), make(2, 9, 3, 8), make(2, 9, 3), make(2, 9, 3, 8)
+    check(function, *inputs, engine=engine, exact=False)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_o_is_kept_only_for_a_backward(make, grad):
+    """What the traced graph says: keep_o is its last argument."""
+    graphs = []
+
+    def engine(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda *x: ops.gated_retention(*x[:4], output_gate=x[4]), fullgraph=True, backend=engine)
+    inputs = [make(1, 5, 2, 8, grad=grad) for _ in range(3)]
+    inputs += [-torch.rand_like(inputs[0][..., 0]), make(1, 5, 2, 8, grad=False)]
+    compiled(*inputs)
+    with torch.no_grad():
+        compiled(*inputs)
+    kept = [node.args[-1] for graph in graphs for node in graph.graph.nodes if "gated_retention" in str(node.target)]
+    assert kept == [grad, False]
+
+
 @pytest.mark.parametrize("rotary", [False, True])
 def test_step_updates_the_state(make, backend, rotary):
     inv_freq = torch.rand(8, device=backend.device)
-    options = {"inv_freq": inv_freq, "offsets": 5} if rotary else {}
+    options = {"inv_freq": inv_freq, "offsets": 5} if rotary else {"norm_eps": 1e-6}
 
     def function(q, k, v, g, state):
-        return ops.gated_retention_step(q, k, v, g, state, **options)
+        gate = {} if rotary else {"output_gate": v}
+        return ops.gated_retention_step(q, k, v, g, state, **options, **gate)
 
     inputs = [make(2, 3, 2, 16, grad=False) for _ in range(3)]
     check(function, *inputs, -torch.rand_like(inputs[0][..., 0]), make(2, 2, 16, 16, grad=False))

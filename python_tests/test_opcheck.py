@@ -102,12 +102,20 @@ def test_gated_retention(make, ints, case, final):
     offsets = ints(0, 7, 9) if case == "packed" else ints(0, 7)
     for rotation in ((make(4, grad=False).abs(), offsets, True), (make(3, grad=False).abs(), None, False)):
         opcheck(ops.gated_retention, (*retention_inputs(make, ints, case), final, 0.0, *rotation))
+    for keep_o in (True, False):
+        inputs = retention_inputs(make, ints, case)
+        gate = make(*inputs[2].shape)
+        opcheck(ops.gated_retention, (*inputs, final, 0.0, None, None, False, gate, 1e-5, keep_o))
+    opcheck(
+        ops.gated_retention,
+        (*(x.detach() if torch.is_tensor(x) else x for x in inputs), final, 16.0, None, None, False, gate, 1e-5, True),
+    )  # only the gate has a gradient
 
 
 @pytest.mark.parametrize("case", ["plain", "state", "packed"])
 def test_gated_retention_backward(make, ints, case):
     inputs = retention_inputs(make, ints, case, grad=False)
-    o, state = ops.gated_retention(*inputs, True)
+    o, state, _ = ops.gated_retention(*inputs, True)
     opcheck(ops.gated_retention_backward, (torch.randn_like(o), torch.randn_like(state), *inputs))
     opcheck(ops.gated_retention_backward, (torch.randn_like(o), None, *inputs))
     opcheck(ops.gated_retention_backward, (torch.randn_like(o), torch.randn_like(state), *inputs, 16.0))
@@ -119,7 +127,9 @@ def test_gated_retention_step(make, ints):
     q, k, v, g, state, _, scale = retention_inputs(make, ints, "state", grad=False)
     opcheck(ops.gated_retention_step, (q, k, v, g, state, scale))
     opcheck(ops.gated_retention_step, (q, k, v, g, state, scale, 16.0))
-    opcheck(ops.gated_retention_step, (q, k, v, g, state, scale, 0.0, make(4, grad=False).abs(), ints(3, 9), True))
+    rotation = make(4, grad=False).abs(), ints(3, 9), True
+    opcheck(ops.gated_retention_step, (q, k, v, g, state, scale, 0.0, *rotation))
+    opcheck(ops.gated_retention_step, (q, k, v, g, state, scale, 0.0, *rotation, make(*v.shape, grad=False), 1e-5))
 
 
 @pytest.mark.parametrize("paged", [True, False])

@@ -118,27 +118,12 @@ const char* run(const SwigluBackwardParams& p, const Launch& launch) {
 
 // ---- retention_output
 
-template <class C, class T>
-YOCO_INLINE C head_rstd(const T* o, int64_t dim, double eps) {
-  const C squares = row_sum<C>(dim, [&](auto io) {
-    const Vec<C> v = io.load(o);
-    return v * v;
-  });
-  return C{1} / std::sqrt(squares / static_cast<C>(dim) + static_cast<C>(eps));
-}
-
 template <class T>
 const char* run(const RetentionOutputParams& p, const Launch& launch) {
   using C = Compute<T>;
   parallel_heads(p, launch, [&](int64_t b, int64_t t, int64_t h) {
     const T* o = head_row<const T>(p.o, b, t, h);
-    const T* gate = head_row<const T>(p.gate, b, t, h);
-    T* y = head_row<T>(p.y, b, t, h);
-    const C rstd = head_rstd<C>(o, p.dim, p.eps);
-    for_each_vector<C>(p.dim, [&](auto io) {
-      const Vec<C> g = io.load(gate);
-      io.store(y, io.load(o) * rstd * (g * sigmoid(g)));
-    });
+    norm_and_gate<C>(o, head_row<const T>(p.gate, b, t, h), head_row<T>(p.y, b, t, h), p.dim, p.eps);
   });
   return nullptr;
 }

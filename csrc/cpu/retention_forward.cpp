@@ -5,7 +5,10 @@
 //   S = carry * start + local,
 // the decayed state before the segment plus what the segment's own tokens added. `local` depends on nothing outside
 // the segment, so one thread walking through a sequence and many threads, each with a segment, compute the same bits.
+//
+// An output gate, and the norm before it, meet the outputs of a chunk while those are in the cache, not yet rounded.
 #include "retention.h"
+#include "rowwise.h"
 
 namespace yoco::cpu::YOCO_ISA {
 namespace {
@@ -29,7 +32,9 @@ class Forward {
         chunk_tokens_(std::min<int64_t>(kChunk, p.time)) {}
 
   const char* run() {
-    zero_rest<T>(p_, p_.o, p_.dim_v);
+    for (const View& view : {p_.o, p_.y}) {
+      if (view.data != nullptr) zero_rest<T>(p_, view, p_.dim_v);
+    }
     const int64_t streams = p_.num_sequences * p_.heads;
     if (streams == 0) return nullptr;
     const int64_t pieces = count_segments(p_, kSegment);
@@ -202,7 +207,14 @@ class Forward {
       }
       Ops::multiply(o.row(r), o.ld, Ops::left(weights).at(r, 0), v_right, step, dim_v_, r + step, has_state);
     }
-    store_rows<C, T>(p_.o, tokens, head, p_.dim_v, o);
+    if (p_.o.data != nullptr) store_rows<C, T>(p_.o, tokens, head, p_.dim_v, o);
+    if (p_.output_gate.data != nullptr) {
+      const T* gate = element<T>(p_.output_gate, tokens.batch, tokens.begin, head);
+      T* y = element<T>(p_.y, tokens.batch, tokens.begin, head);
+      for (int64_t i = 0; i < tokens.length; ++i, gate += p_.output_gate.time_stride, y += p_.y.time_stride) {
+        norm_and_gate<C>(o.row(i), gate, y, p_.dim_v, p_.norm_eps);
+      }
+    }
     t.arena.release(mark);
     return finite(o.data, tokens.length, dim_v_, o.ld);
   }

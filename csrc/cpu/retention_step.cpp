@@ -1,11 +1,14 @@
 // 1 to 16 tokens against the state, which is read and written once per group of up to kGroup tokens: the state is what
-// the time goes to. Columns of the state do not depend on each other, so a task is a block of columns of one head.
+// the time goes to. Columns of the state do not depend on each other, so a task is a block of columns of one head; with
+// an output gate it is a whole head, which the norm before the gate wants.
 #include "retention.h"
+#include "rowwise.h"
 
 namespace yoco::cpu::YOCO_ISA {
 namespace {
 
 constexpr int kGroup = 4;
+constexpr int kMaxTokens = 16;
 
 // exp(g) as a sum of two numbers: rounded to one, the same error would enter the state at every token.
 template <class C>
@@ -22,15 +25,21 @@ class Step {
   explicit Step(const RetentionStepParams& p) : p_(p) {}
 
   void run(const Launch& launch) {
-    const int64_t blocks = divide_up(p_.dim_v, kVectors * kLanes<C>);
+    const bool gated = p_.output_gate.data != nullptr;
+    const int64_t width = kVectors * kLanes<C>;
+    const int64_t blocks = gated ? 1 : divide_up(p_.dim_v, width);
     const int64_t tasks = p_.batch * p_.heads * blocks;
     // A task of a few microseconds is worth a thread of its own only in company.
-    const int64_t bytes = p_.dim_k * kVectors * static_cast<int64_t>(sizeof(Vec<C>));
+    const int64_t bytes = p_.dim_k * (gated ? p_.dim_v : width) * static_cast<int64_t>(sizeof(C));
     const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(bytes, 1));
     parallel(launch, tasks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task % blocks, head = task / blocks % p_.heads, batch = task / blocks / p_.heads;
-        columns(batch, head, block * kVectors * kLanes<C>);
+        if (gated) {
+          gated_head(batch, head);
+        } else {
+          columns(batch, head, block * width, [&](int64_t t) { return element<T>(p_.o, batch, t, head); });
+        }
       }
     });
   }
@@ -49,16 +58,30 @@ class Step {
     return r.dim;
   }
 
-  void columns(int64_t batch, int64_t head, int64_t first) {
+  // Rows of o wait for their norm as they are, not rounded.
+  void gated_head(int64_t batch, int64_t head) {
+    alignas(64) C o[kMaxTokens][256];
+    for (int64_t first = 0; first < p_.dim_v; first += kVectors * kLanes<C>) {
+      columns(batch, head, first, [&](int64_t t) { return o[t]; });
+    }
+    for (int64_t t = 0; t < p_.time; ++t) {
+      const T* gate = element<T>(p_.output_gate, batch, t, head);
+      norm_and_gate<C>(o[t], gate, element<T>(p_.o, batch, t, head), p_.dim_v, p_.norm_eps);
+    }
+  }
+
+  // A block of columns. out(t): where the row of o of token t goes.
+  template <class Out>
+  void columns(int64_t batch, int64_t head, int64_t first, const Out& out) {
     const int64_t last = std::min<int64_t>(first + kVectors * kLanes<C>, p_.dim_v);
     int64_t t = 0;
-    for (; t + kGroup <= p_.time; t += kGroup) tokens<kGroup>(batch, head, t, first, last);
-    for (; t < p_.time; ++t) tokens<1>(batch, head, t, first, last);
+    for (; t + kGroup <= p_.time; t += kGroup) tokens<kGroup>(batch, head, t, first, last, out);
+    for (; t < p_.time; ++t) tokens<1>(batch, head, t, first, last, out);
   }
 
   // Tokens [t, t + kTokens), columns [column, last).
-  template <int kTokens>
-  void tokens(int64_t batch, int64_t head, int64_t t, int64_t column, int64_t last) {
+  template <int kTokens, class Out>
+  void tokens(int64_t batch, int64_t head, int64_t t, int64_t column, int64_t last, const Out& out) {
     C q[kTokens][256], k[kTokens][256];
     Gamma<C> gamma[kTokens];
     for (int i = 0; i < kTokens; ++i) {
@@ -81,23 +104,23 @@ class Step {
     const auto full = [](int j) { return FullVector<C>{j * lanes}; };
     constexpr int wide = kVectors / kTokens;  // sums and values of a block stay in registers
     for (; column + wide * lanes <= last; column += wide * lanes) {
-      vectors<kTokens, wide>(batch, head, t, column, q, k, gamma, full);
+      vectors<kTokens, wide>(batch, head, t, column, q, k, gamma, full, out);
     }
     for (; wide > 4 && column + 4 * lanes <= last; column += 4 * lanes) {
-      vectors<kTokens, 4>(batch, head, t, column, q, k, gamma, full);
+      vectors<kTokens, 4>(batch, head, t, column, q, k, gamma, full, out);
     }
     for (; column + lanes <= last; column += lanes) {
-      vectors<kTokens, 1>(batch, head, t, column, q, k, gamma, full);
+      vectors<kTokens, 1>(batch, head, t, column, q, k, gamma, full, out);
     }
     if (column < last) {
       const int64_t rest = last - column;
-      vectors<kTokens, 1>(batch, head, t, column, q, k, gamma, [=](int) { return PartVector<C>{0, rest}; });
+      vectors<kTokens, 1>(batch, head, t, column, q, k, gamma, [=](int) { return PartVector<C>{0, rest}; }, out);
     }
   }
 
-  template <int kTokens, int kWide, class Io>
+  template <int kTokens, int kWide, class Io, class Out>
   YOCO_INLINE void vectors(int64_t batch, int64_t head, int64_t t, int64_t column, const C (*q)[256], const C (*k)[256],
-                           const Gamma<C>* gamma, const Io& io) {
+                           const Gamma<C>* gamma, const Io& io, const Out& out) {
     C* state = static_cast<C*>(p_.state) + (batch * p_.heads + head) * p_.dim_k * p_.dim_v + column;
     Vec<C> v[kTokens][kWide], o[kTokens][kWide] = {};
     for (int i = 0; i < kTokens; ++i) {
@@ -118,7 +141,7 @@ class Step {
       }
     }
     for (int i = 0; i < kTokens; ++i) {
-      T* row = element<T>(p_.o, batch, t + i, head) + column;
+      auto* row = out(t + i) + column;
 #pragma GCC unroll 8
       for (int j = 0; j < kWide; ++j) io(j).store(row, o[i][j]);
     }

@@ -25,6 +25,26 @@ YOCO_INLINE C row_sum(int64_t dim, const Term& term) {
   return sum_lanes<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// 1 / sqrt(mean(o^2) + eps)
+template <class C, class T>
+YOCO_INLINE C head_rstd(const T* o, int64_t dim, double eps) {
+  const C squares = row_sum<C>(dim, [&](auto io) {
+    const Vec<C> v = io.load(o);
+    return v * v;
+  });
+  return C{1} / std::sqrt(squares / static_cast<C>(dim) + static_cast<C>(eps));
+}
+
+// The end of a gated retention layer, for one head of one token: y = o / sqrt(mean(o^2) + eps) * silu(gate).
+template <class C, class O, class T>
+YOCO_INLINE void norm_and_gate(const O* o, const T* gate, T* y, int64_t dim, double eps) {
+  const C rstd = head_rstd<C>(o, dim, eps);
+  for_each_vector<C>(dim, [&](auto io) {
+    const Vec<C> g = io.load(gate);
+    io.store(y, io.load(o) * rstd * (g * sigmoid(g)));
+  });
+}
+
 // f(row, i) for rows that are absent or in one of two dtypes, without a branch per element.
 template <class C>
 struct NoWeight {

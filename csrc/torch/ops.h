@@ -6,18 +6,21 @@
 
 namespace yoco {
 
-std::tuple<Tensor, Tensor> gated_retention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                                           const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
-                                           double scale, bool return_final_state, double gate_normalizer,
-                                           const OptionalTensor& inv_freq, const OptionalTensor& offsets,
-                                           bool interleaved);
+std::tuple<Tensor, Tensor, Tensor> gated_retention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                                                   const OptionalTensor& initial_state,
+                                                   const OptionalTensor& cu_seqlens, double scale,
+                                                   bool return_final_state, double gate_normalizer,
+                                                   const OptionalTensor& inv_freq, const OptionalTensor& offsets,
+                                                   bool interleaved, const OptionalTensor& output_gate, double norm_eps,
+                                                   bool keep_o);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_retention_backward(
     const Tensor& d_o, const OptionalTensor& d_final_state, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& g, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, double scale,
     double gate_normalizer, const OptionalTensor& inv_freq, const OptionalTensor& offsets, bool interleaved);
 Tensor gated_retention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& state,
                             double scale, double gate_normalizer, const OptionalTensor& inv_freq,
-                            const OptionalTensor& offsets, bool interleaved);
+                            const OptionalTensor& offsets, bool interleaved, const OptionalTensor& output_gate,
+                            double norm_eps);
 
 // YOCO_ATTENTION_INPUTS of schemas.h, in that order.
 #define YOCO_ATTENTION_ARGS                                                                                           \

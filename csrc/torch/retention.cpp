@@ -1,4 +1,6 @@
 // Gated retention: argument checks, outputs, params.
+#include <cmath>
+
 #include "ops.h"
 
 namespace yoco {
@@ -67,24 +69,40 @@ std::vector<int64_t> fill(const Inputs& in, RetentionParams& p) {
   return state_shape;
 }
 
+// The norm and the gate behind the retention, if there is a gate.
+void fill_output_gate(const OptionalTensor& gate, double eps, const Tensor& q, RetentionParams& p) {
+  if (!gate) return;
+  check_bthd(*gate, "output_gate", {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type(), q, "q");
+  check(eps >= 0 && std::isfinite(eps), "norm_eps is ", eps, "; it must be a number >= 0");
+  p.output_gate = view_of(*gate);
+  p.norm_eps = eps;
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> gated_retention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                                           const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
-                                           double scale, bool return_final_state, double gate_normalizer,
-                                           const OptionalTensor& inv_freq, const OptionalTensor& offsets,
-                                           bool interleaved) {
+std::tuple<Tensor, Tensor, Tensor> gated_retention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                                                   const OptionalTensor& initial_state,
+                                                   const OptionalTensor& cu_seqlens, double scale,
+                                                   bool return_final_state, double gate_normalizer,
+                                                   const OptionalTensor& inv_freq, const OptionalTensor& offsets,
+                                                   bool interleaved, const OptionalTensor& output_gate, double norm_eps,
+                                                   bool keep_o) {
   RetentionParams p{};
   const auto state_shape =
       fill({q, k, v, g, initial_state, cu_seqlens, scale, gate_normalizer, inv_freq, offsets, interleaved}, p);
+  fill_output_gate(output_gate, norm_eps, q, p);
   const Backend backend = backend_for(q);
-  Tensor o = empty(q, {p.batch, p.time, p.heads, p.dim_v}, q.scalar_type());
+  const std::vector<int64_t> shape{p.batch, p.time, p.heads, p.dim_v};
+  keep_o = keep_o && output_gate;
+  Tensor out = empty(q, shape, q.scalar_type());
   Tensor final_state = return_final_state ? empty(q, state_shape, accumulator_type(q)) : nothing(q);
-  p.o = view_of(o);
+  Tensor o = keep_o ? empty(q, shape, q.scalar_type()) : nothing(q);
+  (output_gate ? p.y : p.o) = view_of(out);
+  if (keep_o) p.o = view_of(o);
   if (return_final_state) p.final_state = final_state.data_ptr();
   const Tensor workspace = allocate_workspace(backend, backend.table->retention_forward_workspace, p, q);
   run(backend, "gated_retention", backend.table->retention_forward, p);
-  return {o, final_state};
+  return {out, final_state, o};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_retention_backward(
@@ -116,12 +134,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_retention_backward(
 
 Tensor gated_retention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& state,
                             double scale, double gate_normalizer, const OptionalTensor& inv_freq,
-                            const OptionalTensor& offsets, bool interleaved) {
+                            const OptionalTensor& offsets, bool interleaved, const OptionalTensor& output_gate,
+                            double norm_eps) {
   RetentionParams shared{};
   const auto state_shape =
       fill({q, k, v, g, state, std::nullopt, scale, gate_normalizer, inv_freq, offsets, interleaved}, shared);
   check(shared.time >= 1 && shared.time <= 16, "q has time ", shared.time,
         "; gated_retention_step takes 1 to 16 tokens, gated_retention any number");
+  fill_output_gate(output_gate, norm_eps, q, shared);
   RetentionStepParams p{};
   p.dtype = shared.dtype, p.gate_dtype = shared.gate_dtype;
   p.batch = shared.batch, p.time = shared.time, p.heads = shared.heads;
@@ -132,6 +152,7 @@ Tensor gated_retention_step(const Tensor& q, const Tensor& k, const Tensor& v, c
   p.o = view_of(o);
   p.state = state.data_ptr();
   p.rotary = shared.rotary;
+  p.output_gate = shared.output_gate, p.norm_eps = shared.norm_eps;
   run(backend, "gated_retention_step", backend.table->retention_step, p);
   return o;
 }

@@ -16,16 +16,20 @@ namespace yoco {
 // q and k rotated on load, see RotaryOnLoad of params.h.
 #define YOCO_ROTARY_ON_LOAD "Tensor? inv_freq=None, Tensor? offsets=None, bool interleaved=False"
 
+// With output_gate the result is retention_output(o, output_gate, norm_eps) instead of o.
+#define YOCO_OUTPUT_GATE "Tensor? output_gate=None, float norm_eps=0.0"
+
 inline constexpr const char* kSchemas[] = {
   "gated_retention(" YOCO_RETENTION_INPUTS ", bool return_final_state, "
-    "float gate_normalizer=0.0, " YOCO_ROTARY_ON_LOAD ") -> (Tensor o, Tensor final_state)",
-  // gate_normalizer > 0: g holds logits, see params.h.
+    "float gate_normalizer=0.0, " YOCO_ROTARY_ON_LOAD ", " YOCO_OUTPUT_GATE ", bool keep_o=False)"
+    " -> (Tensor out, Tensor final_state, Tensor o)",
+  // gate_normalizer > 0: g holds logits, see params.h. With keep_o an output gate leaves o too, for the backward.
   // final_state gradient and initial_state may be absent; d_initial_state is empty unless initial_state was given.
   "gated_retention_backward(Tensor d_o, Tensor? d_final_state, " YOCO_RETENTION_INPUTS ", "
     "float gate_normalizer=0.0, " YOCO_ROTARY_ON_LOAD ")"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor d_initial_state)",
   "gated_retention_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor(a!) state, float scale, "
-    "float gate_normalizer=0.0, " YOCO_ROTARY_ON_LOAD ") -> Tensor",
+    "float gate_normalizer=0.0, " YOCO_ROTARY_ON_LOAD ", " YOCO_OUTPUT_GATE ") -> Tensor",
 
   // window_left, window_right: -1 = unlimited; causal is window_right = 0.
   // deterministic is for the backward, which takes it from here.

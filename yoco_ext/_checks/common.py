@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -144,7 +145,7 @@ def _weight(weight: Tensor | None, dim: int, name: str, like: Tensor) -> None:
     _device("weight", weight, like)
 
 
-def _eps(eps: float) -> None:
-    _number("eps", eps, "a number >= 0")
-    if not eps >= 0:
-        fail("eps", eps, "a number >= 0")
+def _eps(eps: float, argument: str = "eps") -> None:
+    _number(argument, eps, "a number >= 0")
+    if not 0 <= eps < math.inf:
+        fail(argument, eps, "a number >= 0")

@@ -12,6 +12,7 @@ from yoco_ext._checks.common import (
     MAX_STEP_TOKENS,
     _describe,
     _device,
+    _eps,
     _float,
     _head_dim,
     _inv_freq,
@@ -71,6 +72,16 @@ def _rotary_on_load(inv_freq: Tensor | None, offsets: Tensor | int | None, seque
         fail("offsets", _describe(offsets), "None without inv_freq (they are the positions to rotate by)")
 
 
+def _output_gate(gate: Tensor | None, eps: float, v: Tensor) -> None:
+    if gate is None:
+        return
+    _rank("output_gate", gate, 4, "[batch, time, heads, dim_v]")
+    _same("output_gate", gate, v)
+    _shape("output_gate", gate, v.shape, "the shape of v [batch, time, heads, dim_v]")
+    _last_contiguous("output_gate", gate)
+    _eps(eps, "norm_eps")
+
+
 def gated_retention(
     q: Tensor,
     k: Tensor,
@@ -82,6 +93,8 @@ def gated_retention(
     normalizer: float | None = None,
     inv_freq: Tensor | None = None,
     offsets: Tensor | int | None = None,
+    output_gate: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> int:
     """Returns the number of sequences."""
     batch, _, heads, dim_k, dim_v = _retention_tensors(q, k, v, g, normalizer)
@@ -90,6 +103,7 @@ def gated_retention(
     _rotary_on_load(inv_freq, offsets, sequences, dim_k, q)
     if initial_state is not None:
         _state("initial_state", initial_state, (sequences, heads, dim_k, dim_v), q)
+    _output_gate(output_gate, norm_eps, v)
     return sequences
 
 
@@ -103,6 +117,8 @@ def gated_retention_step(
     normalizer: float | None = None,
     inv_freq: Tensor | None = None,
     offsets: Tensor | int | None = None,
+    output_gate: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> None:
     batch, time, heads, dim_k, dim_v = _retention_tensors(q, k, v, g, normalizer)
     _number("scale", scale)
@@ -110,6 +126,8 @@ def gated_retention_step(
     if not 1 <= time <= MAX_STEP_TOKENS:
         fail("q", f"{time} tokens", f"1 to {MAX_STEP_TOKENS} tokens; gated_retention takes any number")
     _state("state", state, (batch, heads, dim_k, dim_v), q)
-    _no_gradient("gated_retention_step", "; gated_retention has one", q, k, v, g, state)
+    _output_gate(output_gate, norm_eps, v)
+    gate = () if output_gate is None else (output_gate,)
+    _no_gradient("gated_retention_step", "; gated_retention has one", q, k, v, g, state, *gate)
     if not state.is_contiguous():
         fail("state", f"strides {list(state.stride())}", "a contiguous tensor (it is updated in place)")

@@ -67,7 +67,7 @@ def register_gradient(
     """The one backward of an op, behind eager, compile and export. `differentiable`: places of the inputs that have
     gradients; backward(ctx, *gradients) returns one gradient for each of them and ctx.needs_input_grad[1:] says
     which are wanted. It is torch.library.register_autograd without its search for default values, which costs 100
-    microseconds for an op of 20 arguments (ours have no defaults)."""
+    microseconds for an op of 20 arguments."""
     op = getattr(ops, name).default
 
     def forward(ctx: Any, arguments: tuple[Any, ...], *inputs: Tensor | None) -> Any:
@@ -92,7 +92,7 @@ def register_gradient(
         return apply(arguments, *[arguments[i] for i in differentiable])
 
     def kernel(*arguments: Any) -> Any:
-        inputs = [arguments[i] for i in differentiable]
+        inputs = [arguments[i] if i < len(arguments) else None for i in differentiable]  # None: left at its default
         if needs_gradient(*inputs):
             return node.apply(arguments, *inputs)
         with torch._C._AutoDispatchBelowAutograd():

@@ -34,12 +34,14 @@ def gated_retention(
     inv_freq: Tensor | None = None,
     interleaved: bool = False,
     offsets: Tensor | int | None = None,
+    output_gate: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Any:
     """Linear attention with one decay per head and token: S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t.
 
     The recurrence of YOCO's gated retention (arXiv 2405.05254, section 3.1), evaluated chunk by chunk. The state is
     float32 (float64 for float64) whatever the inputs, so a sequence may be cut anywhere and the state carried on.
-    Differentiable in q, k, v, g and initial_state, also through the final state.
+    Differentiable in q, k, v, g, initial_state and output_gate, also through the final state.
 
     Args:
         q, k: [B, T, H, Dk]; v: [B, T, H, Dv]. Any T; Dk and Dv multiples of 8 up to 256. Strides are free as long as
@@ -55,23 +57,32 @@ def gated_retention(
             gradients are those of the unrotated q and k. Equal to rotary(q), rotary(k) before the call, without a pass
             over memory for each. States belong to the turned k, so they carry on with offsets.
         interleaved, offsets: as in `rotary`; offsets count the tokens before the first one of each sequence.
+        output_gate: [B, T, H, Dv] like v. What the layer does next (same section of the paper: norm per head, swish
+            gate) then happens here too: the result is y = o / sqrt(mean(o^2) + norm_eps) * silu(output_gate), the mean
+            over the Dv components of a head. It equals retention_output(o, output_gate, eps=norm_eps) behind the call,
+            but o does not go through memory for it. A call that autograd records stores o beside y, for the backward.
+        norm_eps: with output_gate.
 
     Returns:
-        o [B, T, H, Dv], or (o, final_state).
+        o (or y) [B, T, H, Dv], or (o, final_state).
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
         RuntimeError: cu_seqlens do not rise from 0 to at most T (CPU), or not supported by this back end.
     """
-    q, k, v = autocast(q, k, v)
+    if output_gate is None:
+        q, k, v = autocast(q, k, v)
+    else:
+        q, k, v, output_gate = autocast(q, k, v, output_gate)
     sequences = _checks.gated_retention(
-        q, k, v, g, scale, initial_state, cu_seqlens, gate_logit_normalizer, inv_freq, offsets
+        q, k, v, g, scale, initial_state, cu_seqlens, gate_logit_normalizer, inv_freq, offsets, output_gate, norm_eps
     )
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    o, final_state = call(
+    recorded = needs_gradient(q, k, v, g, initial_state, output_gate)
+    out, final_state, _ = call(
         ops.gated_retention.default,
-        needs_gradient(q, k, v, g, initial_state),
+        recorded,
         q,
         k,
         v,
@@ -84,8 +95,11 @@ def gated_retention(
         inv_freq,
         _positions(offsets, sequences, q),
         interleaved,
+        output_gate,
+        norm_eps,
+        recorded and output_gate is not None,
     )
-    return (o, final_state) if return_final_state else o
+    return (out, final_state) if return_final_state else out
 
 
 def gated_retention_step(
@@ -100,19 +114,29 @@ def gated_retention_step(
     inv_freq: Tensor | None = None,
     interleaved: bool = False,
     offsets: Tensor | int | None = None,
+    output_gate: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:
     """gated_retention of 1 to 16 tokens with the state updated in place: the decoding step. No gradients.
 
     q, k [B, T, H, Dk], v [B, T, H, Dv], g [B, T, H], state [B, H, Dk, Dv] float32 (float64 for float64), contiguous.
     inv_freq, interleaved, offsets: q and k are turned on load, offsets (int or int32 [B]) being the tokens so far.
-    Returns o [B, T, H, Dv]. Same arguments, units and errors as gated_retention.
+    output_gate [B, T, H, Dv], norm_eps: the norm per head and the gate behind the retention, in the same call.
+    Returns o (with output_gate: y) [B, T, H, Dv]. Same arguments, units and errors as gated_retention.
     """
-    q, k, v = autocast(q, k, v)
-    _checks.gated_retention_step(q, k, v, g, state, scale, gate_logit_normalizer, inv_freq, offsets)
+    if output_gate is None:
+        q, k, v = autocast(q, k, v)
+    else:
+        q, k, v, output_gate = autocast(q, k, v, output_gate)
+    _checks.gated_retention_step(
+        q, k, v, g, state, scale, gate_logit_normalizer, inv_freq, offsets, output_gate, norm_eps
+    )
     scale = q.shape[3] ** -0.5 if scale is None else scale
     rotation = inv_freq, _positions(offsets, q.shape[0], q), interleaved
-    gate = gate_logit_normalizer or 0.0
-    return call(ops.gated_retention_step.default, False, q, k, v, g, state, scale, gate, *rotation)
+    normalizer = gate_logit_normalizer or 0.0
+    return call(
+        ops.gated_retention_step.default, False, q, k, v, g, state, scale, normalizer, *rotation, output_gate, norm_eps
+    )
 
 
 def _positions(offsets: Tensor | int | None, sequences: int, q: Tensor) -> Tensor | None:
@@ -122,33 +146,51 @@ def _positions(offsets: Tensor | int | None, sequences: int, q: Tensor) -> Tenso
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
-_DEFAULTS = (0.0, None, None, False)  # gate_normalizer, inv_freq, offsets, interleaved
+# gate_normalizer, inv_freq, offsets, interleaved, output_gate, norm_eps, keep_o
+_DEFAULTS = (0.0, None, None, False, None, 0.0, False)
+_OUTPUT_GATE = 12  # its place among the arguments
+_TINY = 1e-37  # normal in float32
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, scale, return_final_state, gate_normalizer, inv_freq, offsets, interleaved = (
+    *tensors, scale, return_final_state, normalizer, inv_freq, offsets, interleaved, output_gate, norm_eps, keep_o = (
         *inputs,
         *_DEFAULTS[len(inputs) - 8 :],  # arguments left at their defaults do not come here
     )
-    ctx.save_for_backward(*tensors, inv_freq, offsets)
-    ctx.scale, ctx.gate_normalizer, ctx.interleaved = scale, gate_normalizer, interleaved
-    if not return_final_state:
-        ctx.mark_non_differentiable(output[1])  # empty
+    _, final_state, o = output
+    kept = o if keep_o and output_gate is not None else None
+    ctx.save_for_backward(*tensors, inv_freq, offsets, output_gate, kept)
+    ctx.scale, ctx.gate_normalizer, ctx.interleaved, ctx.norm_eps = scale, normalizer, interleaved, norm_eps
+    if return_final_state:
+        ctx.mark_non_differentiable(o)
+    else:
+        ctx.mark_non_differentiable(final_state, o)  # final_state is empty
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_o: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    if d_o is None and d_final_state is None:
-        return (None,) * 5
-    *tensors, inv_freq, offsets = ctx.saved_tensors
-    if d_o is None:
-        d_o = torch.zeros_like(tensors[2], memory_format=torch.contiguous_format)
-    options = ctx.scale, ctx.gate_normalizer, inv_freq, offsets, ctx.interleaved
-    gradients = ops.gated_retention_backward(d_o, d_final_state, *tensors, *options)
-    return tuple(d if need else None for d, need in zip(gradients, ctx.needs_input_grad[1:]))
+def _backward(ctx: Any, d_out: Tensor | None, d_final_state: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if d_out is None and d_final_state is None:
+        return (None,) * 6
+    *tensors, inv_freq, offsets, output_gate, o = ctx.saved_tensors
+    options = ctx.gate_normalizer, inv_freq, offsets, ctx.interleaved
+    *needs, needs_output_gate = ctx.needs_input_grad[1:]
+    d_output_gate = None
+    if output_gate is not None and d_out is not None:
+        if o is None:  # recorded by something that hides from the forward that there will be a backward
+            o = ops.gated_retention(*tensors, ctx.scale, False, *options)[0]
+        # o is zero in rows of no sequence, and must not meet 1 / sqrt(0) there.
+        eps = ctx.norm_eps if tensors[5] is None else max(ctx.norm_eps, _TINY)
+        d_out, d_output_gate = ops.retention_output_backward(d_out, o, output_gate, eps)
+    if not any(needs):
+        return (None,) * 5 + (d_output_gate,)
+    if d_out is None:
+        d_out = torch.zeros_like(tensors[2], memory_format=torch.contiguous_format)
+    gradients = ops.gated_retention_backward(d_out, d_final_state, *tensors, ctx.scale, *options)
+    wanted = (d if need else None for d, need in zip(gradients, needs))
+    return (*wanted, d_output_gate if needs_output_gate else None)
 
 
-register_gradient("gated_retention", (0, 1, 2, 3, 4), _setup_context, _backward)
+register_gradient("gated_retention", (0, 1, 2, 3, 4, _OUTPUT_GATE), _setup_context, _backward)
 no_second_derivative(gated_retention_backward=7)
 
 
@@ -167,13 +209,19 @@ def _fake(
     inv_freq: Tensor | None = None,
     offsets: Tensor | None = None,
     interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    sequences = _checks.gated_retention(q, k, v, g, scale, initial_state, cu_seqlens, None, inv_freq, offsets)
+    output_gate: Tensor | None = None,
+    norm_eps: float = 0.0,
+    keep_o: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sequences = _checks.gated_retention(
+        q, k, v, g, scale, initial_state, cu_seqlens, None, inv_freq, offsets, output_gate, norm_eps
+    )
     batch, time, heads, dim_k = q.shape
-    o = q.new_empty((batch, time, heads, v.shape[3]))
+    out = q.new_empty((batch, time, heads, v.shape[3]))
+    o = q.new_empty(out.shape if keep_o and output_gate is not None else (0,))
     if not return_final_state:
-        return o, q.new_empty((0,))
-    return o, q.new_empty((sequences, heads, dim_k, v.shape[3]), dtype=accumulator_dtype(q))
+        return out, q.new_empty((0,)), o
+    return out, q.new_empty((sequences, heads, dim_k, v.shape[3]), dtype=accumulator_dtype(q)), o
 
 
 @torch.library.register_fake(f"{NAMESPACE}::gated_retention_backward")
@@ -208,6 +256,8 @@ def _fake_step(
     inv_freq: Tensor | None = None,
     offsets: Tensor | None = None,
     interleaved: bool = False,
+    output_gate: Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> Tensor:
-    _checks.gated_retention_step(q, k, v, g, state, scale, None, inv_freq, offsets)
+    _checks.gated_retention_step(q, k, v, g, state, scale, None, inv_freq, offsets, output_gate, norm_eps)
     return q.new_empty(v.shape)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from yoco_ext import _checks
-from yoco_ext.reference.pointwise import rotary
+from yoco_ext.reference.pointwise import retention_output, rotary
 
 CHUNK = 64
 
@@ -98,6 +98,10 @@ def _turned(
     return rotary(q, inv_freq, **options), rotary(k, inv_freq, **options)
 
 
+def _normed_and_gated(o: Tensor, output_gate: Tensor | None, eps: float) -> Tensor:
+    return o if output_gate is None else retention_output(o, output_gate, eps=eps)
+
+
 def gated_retention(
     q: Tensor,
     k: Tensor,
@@ -112,10 +116,12 @@ def gated_retention(
     inv_freq: Tensor | None = None,
     interleaved: bool = False,
     offsets: Tensor | int | None = None,
+    output_gate: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Gated retention over whole sequences; see `yoco_ext.gated_retention`. Differentiable by autograd."""
     sequences = _checks.gated_retention(
-        q, k, v, g, scale, initial_state, cu_seqlens, gate_logit_normalizer, inv_freq, offsets
+        q, k, v, g, scale, initial_state, cu_seqlens, gate_logit_normalizer, inv_freq, offsets, output_gate, norm_eps
     )
     q, k = _turned(q, k, inv_freq, interleaved, offsets, cu_seqlens)
     g = log_decay(g, gate_logit_normalizer)
@@ -125,12 +131,13 @@ def gated_retention(
         initial_state = torch.zeros(shape, dtype=_wide(q), device=q.device)
     if cu_seqlens is None:
         o, state = chunkwise(q, k, v, g, scale, initial_state)
+        o = _normed_and_gated(o, output_gate, norm_eps)
     else:
         outputs, states, ends = [], [], _checks.boundaries("cu_seqlens", cu_seqlens, q.shape[1])
         for n, (begin, end) in enumerate(pairwise(ends)):
             piece = (x[:, begin:end] for x in (q, k, v, g))
             o_n, state_n = chunkwise(*piece, scale, initial_state[n : n + 1])
-            outputs.append(o_n)
+            outputs.append(_normed_and_gated(o_n, None if output_gate is None else output_gate[:, begin:end], norm_eps))
             states.append(state_n)
         outputs.append(torch.zeros_like(v[:, ends[-1] :]))  # rows that belong to no sequence
         o, state = torch.cat(outputs, 1), torch.cat(states) if states else initial_state
@@ -149,12 +156,16 @@ def gated_retention_step(
     inv_freq: Tensor | None = None,
     interleaved: bool = False,
     offsets: Tensor | int | None = None,
+    output_gate: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:
     """1 to 16 further tokens per sequence; `state` [B, H, Dk, Dv] is updated in place."""
-    _checks.gated_retention_step(q, k, v, g, state, scale, gate_logit_normalizer, inv_freq, offsets)
+    _checks.gated_retention_step(
+        q, k, v, g, state, scale, gate_logit_normalizer, inv_freq, offsets, output_gate, norm_eps
+    )
     q, k = _turned(q, k, inv_freq, interleaved, offsets, None)
     g = log_decay(g, gate_logit_normalizer)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     o, new_state = recurrent(q, k, v, g, scale, state)
     state.copy_(new_state)
-    return o
+    return _normed_and_gated(o, output_gate, norm_eps)

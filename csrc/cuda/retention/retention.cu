@@ -242,6 +242,34 @@ RetentionRun forward_run(const RetentionParams& p) {
   return run;
 }
 
+// ---- norm and output gate, where the kernel of the run does not do them
+constexpr int kTailThreads = 256;
+
+// One warp per head of a token behind the last packed sequence.
+template <typename T>
+__global__ void __launch_bounds__(kTailThreads)
+    retention_zero_tail_kernel(const View y, const int32_t* end, int64_t time, int64_t heads, int dim) {
+  const int64_t step = int64_t(gridDim.x) * (kTailThreads / 32);
+  const int64_t first = clamp_index(*end, 0, time) * heads + blockIdx.x * (kTailThreads / 32) + threadIdx.x / 32;
+  for (int64_t row = first; row < time * heads; row += step) {
+    T* const to = static_cast<T*>(y.data) + row / heads * y.time_stride + row % heads * y.head_stride;
+    for (int i = threadIdx.x % 32; i < dim; i += 32) to[i] = from_float<T>(0.f);
+  }
+}
+
+// y = o / sqrt(mean(o^2) + eps) * silu(output_gate), a pass of its own; o and y may be the same. Rows of no sequence
+// are zero in y whatever the gate holds there.
+const char* finish_with_gate(const RetentionParams& p, const View& o, const Launch& launch) {
+  const RetentionOutputParams output{p.dtype, p.batch, p.time, p.heads, p.dim_v, p.norm_eps, o, p.output_gate, p.y};
+  if (const char* message = retention_output(output, launch)) return message;
+  if (p.cu_seqlens == nullptr) return nullptr;
+  const int64_t blocks = clamp_index(ceil_div(p.time * p.heads, kTailThreads / 32), 0, 1024);
+  return YOCO_CUDA_DISPATCH(p.dtype, T, [&]() -> const char* {
+    return launch_kernel(retention_zero_tail_kernel<T>, dim3(static_cast<unsigned>(blocks)), kTailThreads, 0, launch,
+                         p.y, p.cu_seqlens + p.num_sequences, p.time, p.heads, static_cast<int>(p.dim_v));
+  });
+}
+
 // ---- backward
 struct BackwardMemory {
   int64_t q_dots, k_dots, boundary, group_states, segments, total;  // offsets in the workspace
@@ -292,9 +320,13 @@ const char* retention_forward(const RetentionParams& p, const Launch& launch) {
   const Plan plan = make_plan(p, p.dim_k, p.dim_v, 1, launch);
   RetentionGrid grid = make_grid(p, plan);
   grid.num_runs = 1;
-  grid.runs[0] = forward_run(p);
+  RetentionRun& run = grid.runs[0];
+  run = forward_run(p);
+  const bool gated = p.output_gate.data != nullptr;
+  if (gated && p.o.data == nullptr) run.o = p.y;
   const bool hopper = takes_hopper(grid, plan, launch);
-  return launch_runs<false>(grid, plan, p.dtype, static_cast<char*>(p.workspace), hopper, launch);
+  const char* message = launch_runs<false>(grid, plan, p.dtype, static_cast<char*>(p.workspace), hopper, launch);
+  return message == nullptr && gated ? finish_with_gate(p, run.o, launch) : message;
 }
 
 size_t retention_backward_workspace(const RetentionBackwardParams& p, const Launch& launch) {

@@ -152,8 +152,11 @@ const char* retention_step(const RetentionStepParams& p, const Launch& launch) {
         p.dim_k <= 128
             ? (rotary ? retention_step_kernel<T, kMaxRows / 2, true> : retention_step_kernel<T, kMaxRows / 2, false>)
             : (rotary ? retention_step_kernel<T, kMaxRows, true> : retention_step_kernel<T, kMaxRows, false>);
-    return launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared, launch, p, vectors,
-                         gate_format);
+    const char* message =
+        launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared, launch, p, vectors, gate_format);
+    if (message != nullptr || p.output_gate.data == nullptr) return message;
+    // Norm and gate in place: a block of the step has not all columns of a row.
+    return retention_output({p.dtype, p.batch, p.time, p.heads, p.dim_v, p.norm_eps, p.o, p.output_gate, p.o}, launch);
   });
 }
 
