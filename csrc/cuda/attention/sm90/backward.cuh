@@ -164,12 +164,9 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
   const int lane = int(threadIdx.x % 32);
   const int own_key = warpgroup * 64 + warp * 16 + lane / 4;  // and + 8
   const uint32_t piece = shared + Shared::kDQ + (warpgroup * 4 + warp) * (Config::kPiece * 4);
-  // Where this lane's row of an 8 x 8 matrix of dS^T goes, for stmatrix.
-  const int ds_key = warpgroup * 64 + warp * 16 + lane % 16;
-  const uint32_t ds_lane = ds_key * 128 + (((lane / 16) ^ (ds_key & 7)) << 4);
   const float multiplier = plan.score.multiplier;
   SlotReader<Config> slots(p, shared);
-  RingPosition<2> at_ds;
+  LateDQ<Config> late(shared, warpgroup * 64 + warp * 16);
 
   for (;;) {
     const int4 first_header = slots.next_header();
@@ -180,27 +177,11 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
     for (int i = 0; i < kAcc; ++i) dk[i] = dv[i] = 0.f;
     int late_tile = 0;  // whose dQ is still to be made
     float dq[32];
-    const auto issue_dq = [&] {
-      const uint32_t slot = at_ds.slot ^ 1, parity = at_ds.slot == 0 ? at_ds.parity ^ 1 : at_ds.parity;
-      mbarrier_wait(shared + Shared::kDSFull + 8 * slot, parity);
-      const uint32_t ds = shared + Shared::kDS + slot * Config::kScoreBytes;
-      const uint64_t a = descriptor_mn(kDim == 64 ? ds + warpgroup * (kKeys * 128) : ds, kKeys * 128);
-      const uint64_t b = descriptor_mn(shared + Shared::kK + (kDim == 64 ? 0 : warpgroup * (kKeys * 128)), kKeys * 128);
-      pin_registers(dq);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k) {
-        wgmma<T, Major::MN, Major::MN>(dq, a + descriptor_step(k * 2048), b + descriptor_step(k * 2048), k > 0);
-      }
-      wgmma_commit();
-    };
+    // D 64: half the rows of the tile, D 128: half the columns.
+    const auto issue_dq = [&] { late.issue(dq, kDim == 64 ? warpgroup : 0, kDim == 64 ? 0 : warpgroup); };
     const auto add_dq = [&] {
-      wgmma_wait<0>();
-      pin_registers(dq);
-      if (lane == 0) {
-        mbarrier_arrive(shared + Shared::kDSEmpty + 8 * (at_ds.slot ^ 1));
-        bulk_wait_read<0>();
-      }
+      late.wait(dq);
+      if (lane == 0) bulk_wait_read<0>();
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -262,15 +243,8 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
 
       // ---- dS to shared memory, dQ of the tile before
       if constexpr (Config::kDQ) {
-        mbarrier_wait(shared + Shared::kDSEmpty + 8 * at_ds.slot, at_ds.parity ^ 1);
-        const uint32_t ds_tile = shared + Shared::kDS + at_ds.slot * Config::kScoreBytes;
-#pragma unroll
-        for (int k = 0; k < kRows / 16; ++k) {
-          stmatrix_x4(ds_tile + k / 4 * (kKeys * 128) + (ds_lane ^ (k % 4 * 32)), ds[k]);
-        }
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared + Shared::kDSFull + 8 * at_ds.slot);
+        late.wait_empty();
+        late.put(ds);
       }
       if constexpr (kDQBefore) issue_dq();
       wgmma_wait<kDQBefore ? 1 : 0>();
@@ -279,35 +253,30 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
       slots.release_slot();
       if constexpr (kDQBefore) add_dq();
       if constexpr (Config::kDQ) {
-        at_ds.advance();
+        late.at.advance();
         late_tile = header.x;
       }
     };
-    slots.walk(
-        first_header, [&] { return key_tile(p, plan, kKeys, index).num_keys - first; }, step,
-        [&] {
-          if constexpr (Config::kDQ) {
-            issue_dq();
-            add_dq();
-          }
-        });
+    slots.walk(p, plan, index, first, first_header, step, [&] {
+      if constexpr (Config::kDQ) {
+        issue_dq();
+        add_dq();
+      }
+    });
 
     // ---- epilogue. A row that does not see a key may have put 0 * NaN into its gradients: such keys are computed
     // again, row by row. Keys that seqused_k leaves out are zero.
     const KeyTile keys = key_tile(p, plan, kKeys, index);
-    const RowMap own = make_row_map(p, keys.sequence, keys.head);
-    const GradientRows to_k = gradient_rows<T>(p, plan, own, keys.latents, false);
-    const GradientRows to_v = gradient_rows<T>(p, plan, own, keys.latents, true);
     bool bad[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const bool out = first + own_key + 8 * h >= keys.num_keys;
-      const float check = check_keys(dk, h, out) + check_keys(dv, h, out);
+      const float check = check_row(dk, h, out) + check_row(dv, h, out);
       bad[h] = (__ballot_sync(0xffffffffu, check != 0.f) >> (lane & ~3) & 0xf) != 0;
     }
     const int key0 = first + own_key - lane / 4;
-    store_keys<T>(to_k, dk, key0, keys.store_keys, plan.scale, int(p.dim_qk), bad);
-    store_keys<T>(to_v, dv, key0, keys.store_keys, 1.f, int(p.dim_v), bad);
+    store_keys<T>(p, plan, keys, false, dk, key0, bad);
+    store_keys<T>(p, plan, keys, true, dv, key0, bad);
     redo_bad_keys<T>(p, plan, keys, key0, bad);
   }
   if (lane == 0) bulk_wait<0>();
@@ -341,8 +310,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
   // Rows that no box fills, because a tile holds whole tokens: they take part in products, with P = 0.
   const int group = int(p.heads_q / p.heads_kv), tile_rows = Config::kRows / group * group;
-  zero_tile_rows<2 * Config::kStages * Config::kPanels>(shared + Shared::kQ, Config::kRows * 128, tile_rows,
-                                                        Config::kRows, int(threadIdx.x), Config::kThreads);
+  zero_tile_rows<Config::kRows, 2 * Config::kStages * Config::kPanels, Config::kThreads>(shared + Shared::kQ, tile_rows,
+                                                                                         int(threadIdx.x));
   fence_async_proxy();
   __syncthreads();
   // Of the same value in all lanes, so that the compiler may use uniform registers on both sides.
@@ -374,10 +343,10 @@ __global__ void __launch_bounds__(Config::kRows * 2)
   const RowMap map = make_row_map(p, work.sequence, work.head);
   const int tile_rows = Config::kRows / map.group * map.group;
   for (int tile = work.tile; tile * tile_rows < map.rows; tile += plan.row_schedule.tiles) {
-    const int rows = min(tile_rows, map.rows - tile * tile_rows), row0 = tile * tile_rows + warp * 16;
+    const int rows = min(tile_rows, map.rows - tile * tile_rows);
     const float* from =
         plan.dq_accumulator + (dq_tile(p, map, tile_rows, tile) * Config::kPieces + warp) * Config::kPiece + lane * 4;
-    float check[2] = {};
+    unsigned bad[2] = {};
 #pragma unroll
     for (int panel = 0; panel < Config::kPanels; ++panel) {
       float dq[32];
@@ -387,24 +356,16 @@ __global__ void __launch_bounds__(Config::kRows * 2)
         dq[4 * i] = v.x, dq[4 * i + 1] = v.y, dq[4 * i + 2] = v.z, dq[4 * i + 3] = v.w;
       }
 #pragma unroll
-      for (int i = 0; i < 32; ++i) check[i / 2 % 2] = fmaf(dq[i], 0.f, check[i / 2 % 2]);
-#pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = warp * 16 + lane / 4 + 8 * h;
+        bad[h] |= __ballot_sync(0xffffffffu, check_row(dq, h, false) != 0.f && r < rows);
         T* const to = static_cast<T*>(p.dq.data) + (r < rows ? map.offset(p.dq, tile * tile_rows + r) : 0);
         store_row<T>(to + panel * 64, dq, h, plan.scale, int(p.dim_qk) - panel * 64, r < rows, plan.aligned_dq);
       }
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      unsigned todo = __ballot_sync(0xffffffffu, warp * 16 + lane / 4 + 8 * h < rows && check[h] != 0.f);
-      __syncwarp();
-      while (todo != 0) {
-        const int bad = (__ffs(int(todo)) - 1) / 4;
-        todo &= ~(0xfu << (bad * 4));
-        query_gradient<T>(p, plan, map.sequence_index, map.head_kv, row0 + 8 * h + bad);
-      }
-    }
+    redo_bad_rows(bad, [&](int r) {
+      query_gradient<T>(p, plan, map.sequence_index, map.head_kv, tile * tile_rows + warp * 16 + r);
+    });
   }
 }
 
@@ -414,17 +375,7 @@ const char* launch_attention_backward(const AttentionBackwardParams& p, const Ba
   using Config = BackwardConfig<T, D, true>;
   if (const char* message = set_device(launch)) return message;
   BackwardMaps maps{};
-  const int64_t group = p.heads_q / p.heads_kv, latent_batch = p.latents_shared ? 1 : p.batch;
-  const int tokens = int(Config::kRows / group);
-  const char* m = make_grouped_map(maps.q, p.q, p.dtype, p.batch, p.time_q, p.heads_kv, group, p.dim_qk, tokens);
-  if (!m) m = make_grouped_map(maps.d_out, p.d_out, p.dtype, p.batch, p.time_q, p.heads_kv, group, p.dim_v, tokens);
-  const auto key_map = [&](CUtensorMap& map, const View& v, int64_t batch, int64_t time, int64_t dim) {
-    if (!m) m = make_rows_map(map, v, p.dtype, batch, time, p.heads_kv, dim, Config::kKeys);
-  };
-  key_map(maps.k, p.k, p.batch, p.time_k, p.dim_qk);
-  key_map(maps.v, p.v, p.batch, p.time_k, p.dim_v);
-  key_map(maps.latent_k, p.latent_k, latent_batch, p.num_latents, p.dim_qk);
-  key_map(maps.latent_v, p.latent_v, latent_batch, p.num_latents, p.dim_v);
+  const char* m = make_backward_maps(maps, p, Config::kRows, Config::kKeys);
   if (m) return m;
   const int64_t count = std::max<int64_t>(plan.schedule.count(), 1);
   const unsigned ctas = unsigned(std::min<int64_t>(count, std::max(sm_count(launch.device), 1)));

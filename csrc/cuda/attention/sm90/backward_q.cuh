@@ -12,10 +12,7 @@
 
 #include <algorithm>
 
-#include "cuda/attention/simt_backward.h"
-#include "cuda/attention/sm90/plan.h"
-#include "cuda/attention/sm90/tile.cuh"
-#include "cuda/attention/tile.h"
+#include "cuda/attention/sm90/backward_shared.cuh"
 
 namespace yoco::cuda::sm90 {
 
@@ -44,13 +41,12 @@ struct BackwardQConfig {
   static constexpr int kSharedBytes = kTileEmpty + 8;
   static_assert(kSharedBytes <= 227 * 1024);
 };
-// Named barriers: 1 + w is the turn of warpgroup w; one for all consumers.
-constexpr int kTurnBarrier = 1, kConsumerBarrier = 3;
+constexpr int kTurnBarrier = 1;  // named barriers: 1 + w is the turn of warpgroup w
 
 // The producer warp. Its CTA has one tile, or several if max_seqlen_q understated a sequence or the plan's tiles are
 // larger than these: Q and dO then have one slot, freed with the tile.
 template <typename Config>
-YOCO_DEVICE void produce(const AttentionBackwardParams& p, const BackwardPlan& plan, const BackwardQMaps& maps,
+YOCO_DEVICE void produce(const AttentionBackwardParams& p, const BackwardPlan& plan, const BackwardMaps& maps,
                          uint32_t shared) {
   constexpr int kKeys = Config::kKeys, kRows = Config::kRows, kPanels = Config::kPanels;
   const bool leader = threadIdx.x % 32 == 0;
@@ -162,9 +158,7 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
             const int row = tile_row + 8 * h;
             const int2 keys = row < tile.rows ? row_keys(p, map, tile.first_row + row, latents != 0) : make_int2(0, 0);
             if (lane % 4 != 0) continue;
-            asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(row_keys_at + 8 * (latents * kRows + 8 * h)),
-                         "r"(keys.x), "r"(keys.y)
-                         : "memory");
+            store_shared(row_keys_at + 8 * (latents * kRows + 8 * h), keys);
           }
         }
         __syncwarp();
@@ -237,10 +231,7 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
         int2 keys[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n"
-                       : "=r"(keys[h].x), "=r"(keys[h].y)
-                       : "r"(row_keys_at + 8 * ((n < tile.num_main ? 0 : kRows) + 8 * h))
-                       : "memory");
+          keys[h] = load_shared_int2(row_keys_at + 8 * ((n < tile.num_main ? 0 : kRows) + 8 * h));
           keys[h].x -= first + lane % 4 * 2;
           keys[h].y -= first + lane % 4 * 2;
         }
@@ -284,24 +275,12 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
     for (int h = 0; h < 2; ++h) {
       const int row = tile_row + 8 * h;
       const bool valid = row < tile.rows;
-      float check = 0.f;
-#pragma unroll
-      for (int i = 0; i < kO / 2; ++i) check = fmaf(dq[i / 2 * 4 + h * 2 + i % 2], 0.f, check);
-      bad[h] = __ballot_sync(0xffffffffu, valid && check != 0.f);
+      bad[h] = __ballot_sync(0xffffffffu, check_row(dq, h, false) != 0.f && valid);
       T* const to = static_cast<T*>(p.dq.data) + (valid ? map.offset(p.dq, tile.first_row + row) : 0);
       store_row<T>(to, dq, h, plan.scale, int(p.dim_qk), valid, plan.aligned_dq);
     }
-    if ((bad[0] | bad[1]) != 0) {
-      __syncwarp();
-#pragma unroll 1
-      for (int h = 0; h < 2; ++h) {
-        for (unsigned todo = h == 0 ? bad[0] : bad[1]; todo != 0;) {
-          const int r = (__ffs(int(todo)) - 1) / 4;
-          todo &= ~(0xfu << (r * 4));
-          query_gradient<T>(p, plan, map.sequence_index, map.head_kv, tile.first_row + tile_row - lane / 4 + 8 * h + r);
-        }
-      }
-    }
+    const int warp_row = tile.first_row + tile_row - lane / 4;
+    redo_bad_rows(bad, [&](int r) { query_gradient<T>(p, plan, map.sequence_index, map.head_kv, warp_row + r); });
     if (lane == 0) mbarrier_arrive(shared + Config::kTileEmpty);
   }
 }
@@ -309,7 +288,7 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     attention_backward_q_kernel(const __grid_constant__ AttentionBackwardParams p,
-                                const __grid_constant__ BackwardPlan plan, const __grid_constant__ BackwardQMaps maps) {
+                                const __grid_constant__ BackwardPlan plan, const __grid_constant__ BackwardMaps maps) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const uint32_t shared = shared_address(shared_memory);
   if (threadIdx.x == 0) {
@@ -344,18 +323,8 @@ const char* launch_attention_backward_q(const AttentionBackwardParams& p, const 
                                         const Launch& launch) {
   using Config = BackwardQConfig<T, D>;
   if (const char* message = set_device(launch)) return message;
-  BackwardQMaps maps{};
-  const int64_t group = p.heads_q / p.heads_kv, latent_batch = p.latents_shared ? 1 : p.batch;
-  const int tokens = int(Config::kRows / group);
-  const auto keys = [&](CUtensorMap& map, const View& v, int64_t batch, int64_t time, int64_t dim) {
-    return make_rows_map(map, v, p.dtype, batch, time, p.heads_kv, dim, Config::kKeys);
-  };
-  const char* m = make_grouped_map(maps.q, p.q, p.dtype, p.batch, p.time_q, p.heads_kv, group, p.dim_qk, tokens);
-  if (!m) m = make_grouped_map(maps.d_out, p.d_out, p.dtype, p.batch, p.time_q, p.heads_kv, group, p.dim_v, tokens);
-  if (!m) m = keys(maps.k, p.k, p.batch, p.time_k, p.dim_qk);
-  if (!m) m = keys(maps.v, p.v, p.batch, p.time_k, p.dim_v);
-  if (!m) m = keys(maps.latent_k, p.latent_k, latent_batch, p.num_latents, p.dim_qk);
-  if (!m) m = keys(maps.latent_v, p.latent_v, latent_batch, p.num_latents, p.dim_v);
+  BackwardMaps maps{};
+  const char* m = make_backward_maps(maps, p, Config::kRows, Config::kKeys);
   if (m) return m;
   // As many CTAs as the plan has row tiles, whatever their size: the kernel strides over them.
   return launch_kernel(attention_backward_q_kernel<Config>, unsigned(std::max<int64_t>(plan.row_schedule.count(), 1)),

@@ -28,7 +28,7 @@ struct BackwardConfig {
   static constexpr int kKeys = BackwardTiles<D>::kKeys;
   static constexpr int kStages = 2;
   static constexpr int kWarpgroups = 2;  // consumers
-  static constexpr int kThreads = kWarpgroup * (1 + kWarpgroups);
+  static constexpr int kConsumers = kWarpgroup * kWarpgroups, kThreads = kWarpgroup + kConsumers;
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
   static constexpr int kPanels = D / 64;
   static constexpr int kKeyBytes = kKeys * D * 2, kRowBytes = kRows * D * 2, kScoreBytes = kKeys * kRows * 2;
@@ -72,7 +72,7 @@ constexpr int kFullTile = 1 << 16;  // every row sees every key
 constexpr int kEndOfWalk = 2 << 16;
 constexpr int kLastWalk = 4 << 16;   // these keys are done
 constexpr int kNoMore = 8 << 16;     // so is the CTA
-constexpr int kConsumerBarrier = 1;  // named barrier of all consumers
+constexpr int kConsumerBarrier = 3;  // named barrier of all consumers; 1 and 2 are turns in backward_q.cuh
 
 YOCO_DEVICE float2 load_shared_float2(uint32_t address) {
   float2 v;
@@ -110,17 +110,6 @@ YOCO_DEVICE void reduce_add(float* global, float x0, float x1, float x2, float x
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(global)), "f"(x0),
                "f"(x1), "f"(x2), "f"(x3)
                : "memory");
-}
-
-// Rows [begin, end) of every panel of a tile become zero; thread i of `threads`.
-template <int kPanels>
-YOCO_DEVICE void zero_tile_rows(uint32_t tile, int panel_bytes, int begin, int end, int i, int threads) {
-  for (int chunk = begin * 8 + i; chunk < end * 8; chunk += threads) {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      store_shared(tile + panel * panel_bytes + chunk * 16, make_int4(0, 0, 0, 0));
-    }
-  }
 }
 
 // One piece of work: keys from `first` on of one KV head.
@@ -179,27 +168,27 @@ struct SlotReader {
   // Rows [rows, kRows) of Q and dO become zero if they may be anything.
   YOCO_DEVICE void clear_loose_rows(int rows) const {
     if (!loose_rows || rows >= Config::kRows) return;
-    const int consumer = int(threadIdx.x) - kWarpgroup, threads = Config::kWarpgroups * kWarpgroup;
-    zero_tile_rows<Config::kPanels>(q_tile(), Config::kRows * 128, rows, Config::kRows, consumer, threads);
-    zero_tile_rows<Config::kPanels>(do_tile(), Config::kRows * 128, rows, Config::kRows, consumer, threads);
+    const int consumer = int(threadIdx.x) - kWarpgroup;
+    zero_tile_rows<Config::kRows, Config::kPanels, Config::kConsumers>(q_tile(), rows, consumer);
+    zero_tile_rows<Config::kRows, Config::kPanels, Config::kConsumers>(do_tile(), rows, consumer);
     fence_async_proxy();
-    named_sync(kConsumerBarrier, threads);
+    named_sync(kConsumerBarrier, Config::kConsumers);
   }
-  // All walks over rows that one piece of work has: step(header, first tile of a walk?) per tile, last() behind the
-  // last tile of a walk. keep(): how many of the keys take part.
-  template <typename Keep, typename Step, typename Last>
-  YOCO_DEVICE void walk(int4 header, Keep keep, Step step, Last last) {
+  // All walks over rows that the piece of work `index` has, keys from `first` on: step(header, first tile of a walk?)
+  // per tile, last() behind the last tile of a walk.
+  template <typename Step, typename Last>
+  YOCO_DEVICE void walk(const AttentionBackwardParams& p, const BackwardPlan& plan, int index, int first, int4 header,
+                        Step step, Last last) {
     for (;;) {
       if ((header.y & kEndOfWalk) == 0) {
         mbarrier_wait(shared + Shared::kKeysFull, keys_parity);
         keys_parity ^= 1;
-        const int keys = keep();
+        const int keys = key_tile(p, plan, Config::kKeys, index).num_keys - first;  // that take part
         if (loose_keys && keys < Config::kKeys) {
-          const int consumer = int(threadIdx.x) - kWarpgroup, threads = Config::kWarpgroups * kWarpgroup;
-          zero_tile_rows<2 * Config::kPanels>(shared + Shared::kK, Config::kKeys * 128, keys, Config::kKeys, consumer,
-                                              threads);
+          zero_tile_rows<Config::kKeys, 2 * Config::kPanels, Config::kConsumers>(shared + Shared::kK, keys,
+                                                                                 int(threadIdx.x) - kWarpgroup);
           fence_async_proxy();
-          named_sync(kConsumerBarrier, threads);
+          named_sync(kConsumerBarrier, Config::kConsumers);
         }
         step(header, std::true_type());
 #pragma unroll 1
@@ -269,11 +258,64 @@ YOCO_DEVICE void score_gradients(float (&dp)[N], uint32_t table, Probability pro
   }
 }
 
+// dS^T of a tile, rounded, in one of two buffers; from there dQ = dS K, one tile late: of a tile that both warpgroups
+// have left behind them.
+template <typename Config>
+struct LateDQ {
+  using Shared = BackwardShared<Config>;
+  uint32_t shared;
+  uint32_t lane_at;  // this lane's row of an 8 x 8 matrix of dS^T, for stmatrix
+  RingPosition<2> at;
+
+  // warp_key: the warp's first key in the tile.
+  YOCO_DEVICE LateDQ(uint32_t shared, int warp_key) : shared(shared) {
+    const int lane = int(threadIdx.x % 32), key = warp_key + lane % 16;
+    lane_at = key * 128 + (((lane / 16) ^ (key & 7)) << 4);
+  }
+  YOCO_DEVICE uint32_t tile() const { return shared + Shared::kDS + at.slot * Config::kScoreBytes; }
+  YOCO_DEVICE void wait_empty() const { mbarrier_wait(shared + Shared::kDSEmpty + 8 * at.slot, at.parity ^ 1); }
+  // The 16 keys of this warp.
+  YOCO_DEVICE void put(const uint32_t (&ds)[Config::kRows / 16][4]) const {
+#pragma unroll
+    for (int k = 0; k < Config::kRows / 16; ++k) {
+      stmatrix_x4(tile() + k / 4 * (Config::kKeys * 128) + (lane_at ^ (k % 4 * 32)), ds[k]);
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared + Shared::kDSFull + 8 * at.slot);
+  }
+  // dq = dS K of the tile before this one: 64 rows and 2 N columns, from these panels on. Committed.
+  template <int N>
+  YOCO_DEVICE void issue(float (&dq)[N], int row_panel, int column_panel) const {
+    constexpr int kPanelBytes = Config::kKeys * 128;
+    const uint32_t slot = at.slot ^ 1, parity = at.slot == 0 ? at.parity ^ 1 : at.parity;
+    mbarrier_wait(shared + Shared::kDSFull + 8 * slot, parity);
+    const uint32_t ds = shared + Shared::kDS + slot * Config::kScoreBytes;
+    const uint64_t a = descriptor_mn(ds + row_panel * kPanelBytes, kPanelBytes);
+    const uint64_t b = descriptor_mn(shared + Shared::kK + column_panel * kPanelBytes, kPanelBytes);
+    pin_registers(dq);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Config::kKeys / 16; ++k) {
+      wgmma<typename Config::Element, Major::MN, Major::MN>(dq, a + descriptor_step(k * 2048),
+                                                            b + descriptor_step(k * 2048), k > 0);
+    }
+    wgmma_commit();
+  }
+  // Waits for it; its dS may be overwritten.
+  template <int N>
+  YOCO_DEVICE void wait(float (&dq)[N]) const {
+    wgmma_wait<0>();
+    pin_registers(dq);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared + Shared::kDSEmpty + 8 * (at.slot ^ 1));
+  }
+};
+
 // ---- epilogue
-// Gradients of keys that no row may see become zero; the result is NaN or 0: a NaN or infinity among the others. h:
-// keys g or g + 8 of the warp's accumulators.
+// Row g + 8 h of the warp's accumulators: NaN if it holds a NaN or infinity, else 0. out: it becomes zero instead (a
+// key that no row may see).
 template <int N>
-YOCO_DEVICE float check_keys(float (&d)[N], int h, bool out) {
+YOCO_DEVICE float check_row(float (&d)[N], int h, bool out) {
   float check = 0.f;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -283,15 +325,18 @@ YOCO_DEVICE float check_keys(float (&d)[N], int h, bool out) {
   }
   return check;
 }
-// Accumulators of the warp's keys (rows g and g + 8) to memory; lanes of a quad hold one key's columns.
+// Accumulators of the warp's keys (rows g and g + 8), dV or dK, to memory; lanes of a quad hold one key's columns.
 template <typename T, int N>
-YOCO_DEVICE void store_keys(const GradientRows& to, const float (&d)[N], int key0, int store_keys, float factor,
-                            int dim, const bool (&skip)[2]) {
-  const int lane = int(threadIdx.x % 32);
+YOCO_DEVICE void store_keys(const AttentionBackwardParams& p, const BackwardPlan& plan, const KeyTile& keys,
+                            bool values, const float (&d)[N], int key0, const bool (&skip)[2]) {
+  const RowMap own = make_row_map(p, keys.sequence, keys.head);
+  const GradientRows to = gradient_rows<T>(p, plan, own, keys.latents, values);
+  const float factor = values ? 1.f : plan.scale;
+  const int lane = int(threadIdx.x % 32), dim = int(values ? p.dim_v : p.dim_qk);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int key = key0 + lane / 4 + 8 * h;
-    const bool valid = key < store_keys && !skip[h];
+    const bool valid = key < keys.store_keys && !skip[h];
     if (!to.float32) {
       store_row<T>(static_cast<T*>(to.data) + (valid ? key * to.stride : 0), d, h, factor, dim, valid, to.aligned);
       continue;
@@ -309,19 +354,28 @@ YOCO_DEVICE void store_keys(const GradientRows& to, const float (&d)[N], int key
     }
   }
 }
-// Keys that hold NaN or infinity, row by row: key0 + g + 8 h is one where bad[h].
+// Calls redo(r) for each row r of the warp's 16 that holds a NaN or infinity: bad[h] are the lanes whose part of row
+// g + 8 h does.
+template <typename Redo>
+YOCO_DEVICE void redo_bad_rows(const unsigned (&bad)[2], Redo redo) {
+  if ((bad[0] | bad[1]) == 0) return;
+  __syncwarp();  // what other lanes have stored of these rows comes first
+#pragma unroll 1
+  for (int h = 0; h < 2; ++h) {
+    for (unsigned todo = h == 0 ? bad[0] : bad[1]; todo != 0;) {
+      const int r = (__ffs(int(todo)) - 1) / 4;
+      todo &= ~(0xfu << (r * 4));
+      redo(8 * h + r);
+    }
+  }
+}
 template <typename T>
 YOCO_DEVICE void redo_bad_keys(const AttentionBackwardParams& p, const BackwardPlan& plan, const KeyTile& keys,
                                int key0, const bool (&bad)[2]) {
-  if (!__any_sync(0xffffffffu, bad[0] || bad[1])) return;
-#pragma unroll 1
-  for (int h = 0; h < 2; ++h) {
-    for (unsigned todo = __ballot_sync(0xffffffffu, h == 0 ? bad[0] : bad[1]); todo != 0;) {
-      const int r = (__ffs(int(todo)) - 1) / 4;
-      todo &= ~(0xfu << (r * 4));
-      key_gradients<T>(p, plan, keys.sequence, keys.sequence_step, keys.head, keys.latents, key0 + 8 * h + r);
-    }
-  }
+  const unsigned lanes[2] = {__ballot_sync(0xffffffffu, bad[0]), __ballot_sync(0xffffffffu, bad[1])};
+  redo_bad_rows(lanes, [&](int r) {
+    key_gradients<T>(p, plan, keys.sequence, keys.sequence_step, keys.head, keys.latents, key0 + r);
+  });
 }
 
 }  // namespace yoco::cuda::sm90

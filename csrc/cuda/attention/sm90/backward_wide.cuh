@@ -28,10 +28,8 @@ YOCO_DEVICE void consume_wide(const AttentionBackwardParams& p, const BackwardPl
   const float multiplier = plan.score.multiplier;
   // P lies in the order of the registers, dS^T as [key][64 rows]; of both a warp has 2 KB, in the same place.
   const uint32_t p_lane = warp * 2048 + lane * 16;
-  const int ds_key = warp * 16 + lane % 16;
-  const uint32_t ds_lane = ds_key * 128 + (((lane / 16) ^ (ds_key & 7)) << 4);
   SlotReader<Config> slots(p, shared);
-  RingPosition<2> at_ds;
+  LateDQ<Config> late(shared, warp * 16);
 
   for (;;) {
     const int4 first_header = slots.next_header();
@@ -42,23 +40,9 @@ YOCO_DEVICE void consume_wide(const AttentionBackwardParams& p, const BackwardPl
     for (int i = 0; i < Config::kDim / 2; ++i) gradient[i] = 0.f;
     int late_tile = 0;  // whose dQ is still to be made
     float dq[kHalfDim / 2];
-    const auto issue_dq = [&] {
-      const uint32_t slot = at_ds.slot ^ 1, parity = at_ds.slot == 0 ? at_ds.parity ^ 1 : at_ds.parity;
-      mbarrier_wait(shared + Shared::kDSFull + 8 * slot, parity);
-      const uint64_t a = descriptor_mn(shared + Shared::kDS + slot * Config::kScoreBytes, kKeys * 128);
-      const uint64_t b = descriptor_mn(shared + Shared::kK + kOwn * (kHalfDim / 64) * (kKeys * 128), kKeys * 128);
-      pin_registers(dq);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k) {
-        wgmma<T, Major::MN, Major::MN>(dq, a + descriptor_step(k * 2048), b + descriptor_step(k * 2048), k > 0);
-      }
-      wgmma_commit();
-    };
+    const auto issue_dq = [&] { late.issue(dq, 0, kOwn * (kHalfDim / 64)); };
     const auto add_dq = [&] {
-      wgmma_wait<0>();
-      pin_registers(dq);
-      if (lane == 0) mbarrier_arrive(shared + Shared::kDSEmpty + 8 * (at_ds.slot ^ 1));
+      late.wait(dq);
       const int64_t piece = int64_t(late_tile) * Config::kPieces + kOwn * (Config::kPieces / 2) + warp;
       float* const to = plan.dq_accumulator + piece * Config::kPiece + lane * 4;
 #pragma unroll
@@ -74,7 +58,7 @@ YOCO_DEVICE void consume_wide(const AttentionBackwardParams& p, const BackwardPl
       const bool full = (header.y & kFullTile) != 0;
       slots.clear_loose_rows(header.y & kRowsMask);
       const uint32_t row_floats = slots.slot * (kRows * 4);
-      const uint32_t exchange = shared + Shared::kDS + at_ds.slot * Config::kScoreBytes;
+      const uint32_t exchange = late.tile();
       float s[kS];  // S, P or dP, dS
       uint32_t operand[kS / 8][4];
       pin_registers(s);
@@ -86,16 +70,16 @@ YOCO_DEVICE void consume_wide(const AttentionBackwardParams& p, const BackwardPl
         exponentiate(s, shared + Shared::kLse + row_floats, multiplier);
         if (!full) mask_scores<Config>(s, shared, slots.slot, first + own_key);
         pack_operand<T>(operand, s);
-        mbarrier_wait(shared + Shared::kDSEmpty + 8 * at_ds.slot, at_ds.parity ^ 1);
+        late.wait_empty();
 #pragma unroll
         for (int k = 0; k < kS / 8; ++k) {
           store_shared(exchange + p_lane + k * 512,
                        make_int4(int(operand[k][0]), int(operand[k][1]), int(operand[k][2]), int(operand[k][3])));
         }
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(shared + Shared::kPFull + 8 * at_ds.slot);
+        if (lane == 0) mbarrier_arrive(shared + Shared::kPFull + 8 * late.at.slot);
       } else {
-        mbarrier_wait(shared + Shared::kPFull + 8 * at_ds.slot, at_ds.parity);
+        mbarrier_wait(shared + Shared::kPFull + 8 * late.at.slot, late.at.parity);
         int4 probabilities[kS / 8];
 #pragma unroll
         for (int k = 0; k < kS / 8; ++k) probabilities[k] = load_shared_int4(exchange + p_lane + k * 512);
@@ -118,13 +102,9 @@ YOCO_DEVICE void consume_wide(const AttentionBackwardParams& p, const BackwardPl
       if constexpr (!kValues) {
         __syncwarp();  // every lane has read its P
         if constexpr (Config::kDQ) {
-#pragma unroll
-          for (int k = 0; k < kRows / 16; ++k) stmatrix_x4(exchange + (ds_lane ^ (k * 32)), operand[k]);
-          fence_async_proxy();
-          __syncwarp();
-          if (lane == 0) mbarrier_arrive(shared + Shared::kDSFull + 8 * at_ds.slot);
+          late.put(operand);
         } else if (lane == 0) {
-          mbarrier_arrive(shared + Shared::kDSEmpty + 8 * at_ds.slot);
+          mbarrier_arrive(shared + Shared::kDSEmpty + 8 * late.at.slot);
         }
       }
       if constexpr (kDQBefore) issue_dq();
@@ -132,24 +112,21 @@ YOCO_DEVICE void consume_wide(const AttentionBackwardParams& p, const BackwardPl
       pin_registers(gradient);
       slots.release_slot();
       if constexpr (kDQBefore) add_dq();
-      at_ds.advance();
+      late.at.advance();
       late_tile = header.x;
     };
-    slots.walk(
-        first_header, [&] { return key_tile(p, plan, kKeys, index).num_keys - first; }, step,
-        [&] {
-          if constexpr (Config::kDQ) {
-            issue_dq();
-            add_dq();
-          }
-        });
+    slots.walk(p, plan, index, first, first_header, step, [&] {
+      if constexpr (Config::kDQ) {
+        issue_dq();
+        add_dq();
+      }
+    });
 
     // ---- epilogue, as in backward.cuh; a key with a NaN in one gradient is computed again in both.
     const KeyTile keys = key_tile(p, plan, kKeys, index);
-    const RowMap own = make_row_map(p, keys.sequence, keys.head);
     bool bad[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) bad[h] = check_keys(gradient, h, first + own_key + 8 * h >= keys.num_keys) != 0.f;
+    for (int h = 0; h < 2; ++h) bad[h] = check_row(gradient, h, first + own_key + 8 * h >= keys.num_keys) != 0.f;
     if (named_sync_or(kConsumerBarrier, 2 * kWarpgroup, bad[0] || bad[1])) {
       const uint32_t bad_keys = shared + Shared::kBadKeys + warp * 8;
       const int2 found = make_int2(int(__ballot_sync(0xffffffffu, bad[0])), int(__ballot_sync(0xffffffffu, bad[1])));
@@ -161,8 +138,7 @@ YOCO_DEVICE void consume_wide(const AttentionBackwardParams& p, const BackwardPl
       named_sync(kConsumerBarrier, 2 * kWarpgroup);  // the words are free
     }
     const int key0 = first + warp * 16;
-    store_keys<T>(gradient_rows<T>(p, plan, own, keys.latents, kValues), gradient, key0, keys.store_keys,
-                  kValues ? 1.f : plan.scale, int(kValues ? p.dim_v : p.dim_qk), bad);
+    store_keys<T>(p, plan, keys, kValues, gradient, key0, bad);
     if constexpr (kValues) redo_bad_keys<T>(p, plan, keys, key0, bad);
   }
 }

@@ -43,22 +43,6 @@ inline bool inputs_fit(const AttentionParams& p) {
          fits(p.latent_v, latent_batch, p.num_latents, p.heads_kv);
 }
 
-// ---- dQ by rows
-constexpr int kBackwardQRows = 128;  // of which a tile uses whole tokens
-struct BackwardQMaps {
-  CUtensorMap q, d_out;  // like ForwardMaps::q
-  CUtensorMap k, v, latent_k, latent_v;
-};
-// D: 64, 128 or 256.
-template <typename T, int D>
-const char* launch_attention_backward_q(const AttentionBackwardParams& p, const BackwardPlan& plan,
-                                        const Launch& launch);
-// Softcap, alibi and negative scales stay with the sm_80 kernel.
-inline bool backward_q_fits(const AttentionBackwardParams& p) {
-  return p.dtype != DType::kFloat32 && make_score_params(p).plain && p.heads_q / p.heads_kv <= kBackwardQRows &&
-         inputs_fit(p) && fits(p.d_out, p.batch, p.time_q, p.heads_q);
-}
-
 // ---- tensor maps
 // A map of
 // [batch, time, heads, dim] with boxes of `rows` tokens of one head. Nothing is loaded of an empty tensor.
