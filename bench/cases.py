@@ -129,7 +129,6 @@ def retention(
     device, dtype, batch, time, heads, dim, *, backward=False, reference=False, compiled=True, rotary=False, slow=True
 ) -> Case:
     """rotary: of q and k on load, against rotary before. slow: fla's slower forms too."""
-    elements = batch * time * heads * dim
 
     def make():
         q, k, v = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(3))
@@ -152,12 +151,33 @@ def retention(
             runs["reference"] = lambda q, k, v, g: yoco_ext.reference.gated_retention(q, k, v, g)
         return runs, [q, k, v, g.requires_grad_(backward)]
 
+    op = "retention with rotary" if rotary else "retention"
+    return _retention_case(op, dtype, batch, time, heads, dim, make, backward)
+
+
+def retention_layer_end(device, dtype, batch, time, heads, dim, *, backward=False) -> Case:
+    """The norm per head and the output gate in the retention, against retention_output behind it."""
+
+    def make():
+        q, k, v, gate = (_randn(batch, time, heads, dim, dtype=dtype, device=device, grad=backward) for _ in range(4))
+        g = torch.nn.functional.logsigmoid(torch.randn(batch, time, heads, device=device)).div(16)
+        runs = {
+            OURS: lambda q, k, v, g, gate: yoco_ext.gated_retention(q, k, v, g, output_gate=gate),
+            "norm and gate behind": lambda q, k, v, g, gate: yoco_ext.retention_output(
+                yoco_ext.gated_retention(q, k, v, g), gate
+            ),
+        }
+        return runs, [q, k, v, g.requires_grad_(backward), gate]
+
+    return _retention_case("retention with output gate", dtype, batch, time, heads, dim, make, backward, tensors=5)
+
+
+def _retention_case(op, dtype, batch, time, heads, dim, make, backward, tensors=4) -> Case:
+    elements = batch * time * heads * dim
     chunk = 64  # useful work: state update and query, and the lower triangle of each chunk
     flops = batch * time * heads * (4 * dim * dim + (chunk + 1) * 2 * dim)
-    bytes_ = 4 * elements * SIZE[dtype] + 4 * batch * time * heads
-    shape = f"B{batch} T{time} H{heads} D{dim}"
-    op = "retention with rotary" if rotary else "retention"
-    return _case(op, shape, dtype, flops, bytes_, elements, make, backward)
+    bytes_ = tensors * elements * SIZE[dtype] + 4 * batch * time * heads
+    return _case(op, f"B{batch} T{time} H{heads} D{dim}", dtype, flops, bytes_, elements, make, backward)
 
 
 def _case(op, shape, dtype, flops, bytes_, largest, make, backward) -> Case:
@@ -206,9 +226,11 @@ def decode(device, dtype, batch, time_k, *, cache_dtype=None, heads=24, heads_kv
     return Case("decode", shape, dtype, batch * heads * time_k * 4 * dim, bytes_, make, bytes_, elements)
 
 
-def step(device, dtype, batch, heads, dim) -> Case:
+def step(device, dtype, batch, heads, dim, *, gated=False) -> Case:
+    """gated: the norm per head and the output gate in the step, against retention_output behind it."""
+
     def make():
-        q, k, v = (_randn(batch, 1, heads, dim, dtype=dtype, device=device) for _ in range(3))
+        q, k, v, gate = (_randn(batch, 1, heads, dim, dtype=dtype, device=device) for _ in range(4))
         g = torch.full((batch, 1, heads), -0.01, device=device)
         state = torch.zeros(batch, heads, dim, dim, device=device)
 
@@ -217,13 +239,21 @@ def step(device, dtype, batch, heads, dim) -> Case:
             torch.einsum("bhk,bhkv->bhv", q[:, 0].float(), state)
 
         runs = {OURS: lambda: yoco_ext.gated_retention_step(q, k, v, g, state), "eager": plain}
+        if gated:
+            return {
+                OURS: lambda: yoco_ext.gated_retention_step(q, k, v, g, state, output_gate=gate),
+                "norm and gate behind": lambda: yoco_ext.retention_output(
+                    yoco_ext.gated_retention_step(q, k, v, g, state), gate
+                ),
+            }
         if device.type == "cuda":
             for name, run in peers.gpu_step_peers().items():
                 runs[name] = lambda run=run: run(q, k, v, g, state)
         return runs
 
     elements = batch * heads * dim * dim  # of the float32 state, read and written
-    return Case("retention step", f"B{batch} H{heads} D{dim}", dtype, 4 * elements, 8 * elements, make, 4 * elements)
+    op = f"retention step{' with output gate' if gated else ''}"
+    return Case(op, f"B{batch} H{heads} D{dim}", dtype, 4 * elements, 8 * elements, make, 4 * elements)
 
 
 def launch(device, dtype, time=256, heads=8, dim=64) -> Iterator[Case]:
@@ -251,12 +281,14 @@ def cpu_suite(quick: bool) -> Iterator[Case]:
             yield retention(device, dtype, 1, 4096, 8, dim, backward=True)
             for backward in (False, True):
                 yield retention(device, dtype, 1, 4096, 8, dim, backward=backward, rotary=True)
+                yield retention_layer_end(device, dtype, 1, 4096, 8, dim, backward=backward)
     yield differential(device, torch.bfloat16, 4096, 4, 64)
     yield differential(device, torch.bfloat16, 4096, 4, 64, backward=True)
     for cache_dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
         yield decode(device, torch.bfloat16, 1, 32768, cache_dtype=cache_dtype)
     yield decode(device, torch.bfloat16, 4, 16384)
-    yield step(device, torch.bfloat16, 8, 24, 128)
+    for gated in (False, True):
+        yield step(device, torch.bfloat16, 8, 24, 128, gated=gated)
     yield from launch(device, torch.bfloat16)
 
 
@@ -275,7 +307,8 @@ def _cuda_cases(quick: bool, device: torch.device, dtype: torch.dtype) -> Iterat
             for cache_dtype in (dtype, torch.float8_e4m3fn):
                 yield decode(device, dtype, batch, time_k, cache_dtype=cache_dtype)
     for batch in (1, 8, 64):
-        yield step(device, dtype, batch, 24, 128)
+        for gated in (False, True):
+            yield step(device, dtype, batch, 24, 128, gated=gated)
     for dim in (64, 128, 256):
         for time in (1024, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384):
             for backward in (False, True):
@@ -302,6 +335,7 @@ def _cuda_cases(quick: bool, device: torch.device, dtype: torch.dtype) -> Iterat
             yield retention(device, dtype, *shape, backward=backward, compiled=compiled, slow=not quick)
             if not quick or shape is shapes[3]:
                 yield retention(device, dtype, *shape, backward=backward, rotary=True)
+                yield retention_layer_end(device, dtype, *shape, backward=backward)
     if not quick:
         for backward in (False, True):
             yield retention(device, dtype, 1, 2**20, 24, 128, backward=backward)

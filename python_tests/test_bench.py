@@ -43,13 +43,14 @@ def test_the_gpu_suite_has_every_case_and_runs_without_memory() -> None:
         *(f"retention {way} B{b} T{t} H{h} D{d}" for way in ("forward", "backward") for b, t, h, d in
           ((1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (4, 4096, 64, 128), (8, 2048, 32, 256),
            (8, 1024, 8, 64))),
-        *(f"retention with rotary {way} B4 T4096 H64 D128" for way in ("forward", "backward")),
+        *(f"retention with {what} {way} B4 T4096 H64 D128"
+          for what in ("rotary", "output gate") for way in ("forward", "backward")),
         *(f"differential {way} B2 T8192 H{1024 // d} D{d}/{2 * d} causal"
           for way in ("forward", "backward") for d in (64, 128)),
         *(f"retention {way} B1 T1048576 H24 D128" for way in ("forward", "backward")),
         *(f"decode B{b} Tk{t} H24/8 D128 {dtype} cache" for b in (1, 8, 64) for t in (4096, 131072, 1048576)
           for dtype in ("bfloat16", "float8_e4m3fn")),
-        *(f"retention step B{b} H24 D128" for b in (1, 8, 64)),
+        *(f"retention step{what} B{b} H24 D128" for what in ("", " with output gate") for b in (1, 8, 64)),
         "launch: attention forward B1 T256 H8/8 D64 causal",
     )  # fmt: skip
     missing = [name for name in wanted if name not in text]

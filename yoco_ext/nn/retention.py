@@ -10,7 +10,10 @@ from .basic import DECODE_TOKENS, Layer, RotaryEmbedding
 
 
 class GatedRetention(Layer):
-    """S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t; then per-head RMSNorm, output gate, projection."""
+    """S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t; then per-head RMSNorm, output gate, projection.
+
+    Between the projections there is one op: the log decay, rotary, the norm and the output gate are fused into it.
+    """
 
     def __init__(
         self,
@@ -57,17 +60,20 @@ class GatedRetention(Layer):
         heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         gt = self.gt_proj(x)  # the kernels make the log decay of it, in float32
-        options: dict[str, Any] = {"gate_logit_normalizer": self.gate_logit_normalizer}
+        options: dict[str, Any] = {
+            "gate_logit_normalizer": self.gate_logit_normalizer,
+            "output_gate": self.g_proj(x).view(heads),
+            "norm_eps": self.norm_eps,
+        }
         if self.rotary.inv_freq is not None:  # q and k turn as the kernels load them
             options |= {"inv_freq": self.rotary.inv_freq, "interleaved": self.rotary.interleaved, "offsets": offsets}
         if state is None:
-            o = self.ops.gated_retention(q, k, v, gt, cu_seqlens=cu_seqlens, **options)
+            y = self.ops.gated_retention(q, k, v, gt, cu_seqlens=cu_seqlens, **options)
         elif cu_seqlens is None and x.shape[1] <= DECODE_TOKENS:
-            o = self.ops.gated_retention_step(q, k, v, gt, state, **options)
+            y = self.ops.gated_retention_step(q, k, v, gt, state, **options)
         else:
-            o, final_state = self.ops.gated_retention(
+            y, final_state = self.ops.gated_retention(
                 q, k, v, gt, initial_state=state, return_final_state=True, cu_seqlens=cu_seqlens, **options
             )
             state.copy_(final_state)
-        y = self.ops.retention_output(o, self.g_proj(x).view(heads), eps=self.norm_eps)
         return self.out_proj(y.flatten(2))
