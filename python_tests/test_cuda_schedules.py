@@ -1,8 +1,9 @@
-"""Every CUDA kernel instance under other schedules of the emulator, with its race checker on.
+"""Every CUDA kernel instance: under other schedules of the emulator, with its race checker on; on a GPU twice.
 
 An ordinary run executes warps and copies in a friendly order. Here asynchronous copies (and on Hopper WGMMA) land as
 late as the architecture allows ("lazy"), and warps, blocks and copies take random turns ("random", a fresh seed each
 time). A well synchronised kernel gives the bits of the ordinary run; one that is not is named by the race checker.
+On a GPU the same calls give the same bits when repeated, and are what compute-sanitizer looks at (`make gpu`).
 Numerics have their own tests.
 """
 
@@ -18,8 +19,6 @@ from numerics import bitwise_equal
 from torch import Tensor
 
 import yoco_ext
-
-pytestmark = pytest.mark.backends("emulated")
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {**LOW, "fp32": torch.float32}
@@ -231,13 +230,37 @@ for name, dtype in DTYPES.items():
         add_append(name, dtype, stored)
 
 
+def assert_same(name: str, want: list[Tensor], found: list[Tensor], when: str) -> None:
+    for i, (a, b) in enumerate(zip(want, found, strict=True)):
+        if name.endswith(ADDED) and i == DQ:
+            # Sums of float32 in another order, then one rounding that may fall the other way.
+            torch.testing.assert_close(b, a, rtol=2 * torch.finfo(a.dtype).eps, atol=1e-5)
+        else:
+            assert bitwise_equal(a, b), f"result {i} depends on {when}"
+
+
+def assert_written(results: list[Tensor]) -> None:
+    assert all(x.numel() and (not x.is_floating_point() or not x.isnan().any()) for x in results)
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("name", CASES)
+def test_repeats(backend: Any, name: str) -> None:
+    with torch.device(backend.device):
+        run = CASES[name](backend)
+        want = run()
+        assert_written(want)
+        assert_same(name, want, run(), "the run")
+
+
+@pytest.mark.backends("emulated")
 @pytest.mark.parametrize("name", CASES)
 def test_schedules(backend: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = CASES[name](backend)
     monkeypatch.setenv("PTXSIM_RACE", "1")
     monkeypatch.setenv("PTXSIM_MODE", "eager")
     want = run()
-    assert all(x.numel() and (not x.is_floating_point() or not x.isnan().any()) for x in want)
+    assert_written(want)
     for schedule in SCHEDULES:
         mode, _, number = schedule.partition(" ")
         monkeypatch.setenv("PTXSIM_MODE", mode)
@@ -245,9 +268,4 @@ def test_schedules(backend: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> 
             seed = str(secrets.randbits(31))
             print(f"{schedule}: PTXSIM_SEED={seed}")
             monkeypatch.setenv("PTXSIM_SEED", seed)
-        for i, (a, b) in enumerate(zip(want, run(), strict=True)):
-            if name.endswith(ADDED) and i == DQ:
-                # Sums of float32 in another order, then one rounding that may fall the other way.
-                torch.testing.assert_close(b, a, rtol=2 * torch.finfo(a.dtype).eps, atol=1e-5)
-            else:
-                assert bitwise_equal(a, b), f"result {i} depends on the schedule ({schedule})"
+        assert_same(name, want, run(), f"the schedule ({schedule})")

@@ -51,6 +51,7 @@ def test_all_stages_in_order_and_a_table_last(tools: Path) -> None:
     logs = {path.stem: path.read_text() for path in (tools.parent / "out").glob("*.log")}
     assert "pytest" in logs["test"] and "-k cuda" in logs["test"]
     assert "--tool racecheck" in logs["racecheck"] and "bench --device cuda --quick" in logs["bench"]
+    assert "-k test_repeats and bf16 python_tests/test_cuda_schedules.py" in logs["memcheck"]
 
 
 def test_a_failing_stage_fails_the_run_and_the_others_go_on(tools: Path) -> None:
