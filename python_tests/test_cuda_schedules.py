@@ -24,7 +24,7 @@ LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {**LOW, "fp32": torch.float32}
 # dq is summed with atomics: any order is right, and each gives other last bits. Everything else is exact here too.
 ADDED, DQ = "dq by atomics", 2  # results: out, lse, dq, dk, dv
-SCHEDULES = ("lazy", "random 1", "random 2", "random 3")
+SCHEDULES = ("lazy", "random 1", "random 2")
 
 Case = Callable[[], list[Tensor]]
 CASES: dict[str, Callable[[Any], Case]] = {}
@@ -40,6 +40,15 @@ def case(name: str) -> Callable[[Callable[..., Case]], Callable[..., Case]]:
 
 def randn(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape).to(dtype)
+
+
+def odd(x: Tensor) -> Tensor:
+    """The same values where 16-byte accesses cannot reach them: one element further."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def together(*parts: Case) -> Case:
+    return lambda: [result for part in parts for result in part()]
 
 
 def with_gradients(function: Callable[..., Any], *inputs: Tensor) -> Case:
@@ -65,21 +74,27 @@ def add_attention(
     time: tuple[int, int] = (140, 200),
     window: tuple[int, int] = (-1, -1),
     deterministic: bool = True,
+    softcap: float = 0.0,
 ) -> None:
-    words = ["attention", name, str(dim), "" if window[0] < 0 else "window", "" if deterministic else ADDED]
+    more = "window" if window[0] >= 0 else "softcap" if softcap else ""
+    words = ["attention", name, str(dim), more, "" if deterministic else ADDED]
 
     @case(" ".join(word for word in words if word))
     def make(backend: Any) -> Case:
         q = randn(dtype, 1, time[0], 2, dim)
         k, v = (randn(dtype, 1, time[1], 1, dim) for _ in range(2))
-        options = {"return_lse": True, "deterministic": deterministic, "window": window}
-        return with_gradients(lambda *x: backend.ops.attention(*x, **options), q, k, v)
+        sinks = torch.randn(2) if softcap else None  # with them: instances of their own, and a small kernel
+        inputs = [q, k, v] if sinks is None else [q, k, v, sinks]
+        options = {"return_lse": True, "deterministic": deterministic, "window": window, "softcap": softcap}
+        return with_gradients(lambda *x: backend.ops.attention(*x[:3], sinks=(*x, None)[3], **options), *inputs)
 
 
 for name, dtype in LOW.items():
     for dim in (64, 128, 256):
         add_attention(name, dtype, dim)
         add_attention(name, dtype, dim, deterministic=False)
+        for deterministic in (False, True):
+            add_attention(name, dtype, dim, (70, 140), deterministic=deterministic, softcap=5.0)
     add_attention(name, dtype, 64, window=(70, 0))
 add_attention("fp32", torch.float32, 64, time=(20, 70))
 
@@ -96,25 +111,40 @@ def _(backend: Any) -> Case:
     return with_gradients(two_layers, *(randn(torch.bfloat16, 1, 70, 2, 64) for _ in range(3)))
 
 
-@case("attention bf16 64 cut over keys")
-def _(backend: Any) -> Case:
-    q = randn(torch.bfloat16, 1, 3, 2, 64)
-    k, v = (randn(torch.bfloat16, 1, 2100, 1, 64) for _ in range(2))
-    return lambda: list(backend.ops.attention(q, k, v, return_lse=True))
+def add_attention_extras(name: str, dtype: torch.dtype) -> None:
+    @case(f"attention {name} 64 cut over keys")
+    def cut(backend: Any) -> Case:
+        q = randn(dtype, 1, 3, 2, 64)
+        k, v = (randn(dtype, 1, 2100 if dtype != torch.float32 else 40, 1, 64) for _ in range(2))
+        return lambda: list(backend.ops.attention(q, k, v, return_lse=True))
+
+    @case(f"attention {name} 64 latents")
+    def latents(backend: Any) -> Case:
+        """One segment that both sequences share."""
+        time = (70, 90) if dtype != torch.float32 else (10, 20)
+        q, k, v = (randn(dtype, 2, time[0], 2, 64) for _ in range(3))
+        shared = [randn(dtype, 1, time[1], 2, 64) for _ in range(2)]
+        attention = backend.ops.attention
+        return with_gradients(
+            lambda q, k, v, a, b: attention(q, k, v, latents=(a, b), deterministic=True), q, k, v, *shared
+        )
+
+    @case(f"attention {name} 40 without alignment")
+    def unaligned(backend: Any) -> Case:
+        inputs = (odd(randn(dtype, 1, 10, 2, 40)) for _ in range(3))
+        return with_gradients(lambda *x: backend.ops.attention(*x, deterministic=True), *inputs)
 
 
-@case("attention bf16 64 latents")
-def _(backend: Any) -> Case:
-    q, k, v, lk, lv = (randn(torch.bfloat16, 1, n, 2, 64) for n in (70, 70, 70, 90, 90))
-    attention = backend.ops.attention
-    return with_gradients(lambda q, k, v, a, b: attention(q, k, v, latents=(a, b), deterministic=True), q, k, v, lk, lv)
+for name, dtype in DTYPES.items():
+    add_attention_extras(name, dtype)
 
 
 # ---- gated retention: three chunks, the last one not full ----------------------------------------------------------
-def rotation(dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def rotation(dim: int, dtype: torch.dtype, interleaved: bool | None = None) -> dict[str, Any]:
     """Rotary on load; halves in bfloat16, neighbours otherwise."""
     inv_freq = 10_000.0 ** -torch.linspace(0, 1, dim // 2)
-    return {"inv_freq": inv_freq, "interleaved": dtype != torch.bfloat16, "offsets": 100}
+    interleaved = dtype != torch.bfloat16 if interleaved is None else interleaved
+    return {"inv_freq": inv_freq, "interleaved": interleaved, "offsets": 100}
 
 
 def add_retention(
@@ -138,8 +168,36 @@ for name, dtype in LOW.items():
         for rotary in (False, True):
             add_retention(name, dtype, dim_k, dim_v, rotary=rotary)
 for rotary in (False, True):
-    add_retention("bf16", torch.bfloat16, 16, 16, 2100, rotary=rotary)  # segments
+    add_retention("bf16", torch.bfloat16, 16, 16, 2100 if rotary else 3140, rotary=rotary)  # two segments, and three
     add_retention("fp32", torch.float32, 24, 40, rotary=rotary)
+
+
+def add_packed_retention(name: str, dtype: torch.dtype, rotary: bool, gates: torch.dtype, interleaved: bool) -> None:
+    """More heads than an H200 has SMs, so that a block takes 128 columns; most of the sequences are empty."""
+
+    @case(f"retention {name} 128 128 packed, gates {gates}{' rotary' * rotary}{' interleaved' * interleaved}")
+    def make(backend: Any) -> Case:
+        lengths = [100, *[0] * 65, 70]
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        q, k, v = (randn(dtype, 1, sum(lengths), 1, 128) for _ in range(3))
+        g = (torch.nn.functional.logsigmoid(torch.randn(1, sum(lengths), 1)) / 4).to(gates)
+        options = rotation(128, dtype, interleaved) if rotary else {}
+        retention = backend.ops.gated_retention
+        return with_gradients(lambda q, k, v, g: retention(q, k, v, g, cu_seqlens=bounds, **options), q, k, v, g)
+
+
+for name, dtype in LOW.items():
+    add_packed_retention(name, dtype, False, dtype, False)
+    for interleaved in (False, True):
+        add_packed_retention(name, dtype, True, torch.float32, interleaved)
+
+
+@case("retention bf16 128 128 140 rotary interleaved")
+def _(backend: Any) -> Case:
+    """Neighbours keep to 64 columns a block."""
+    q, k, v = (randn(torch.bfloat16, 1, 140, 1, 128) for _ in range(3))
+    options = rotation(128, torch.bfloat16, interleaved=True)
+    return with_gradients(lambda *x: backend.ops.gated_retention(*x, **options), q, k, v, -torch.rand(1, 140, 1))
 
 
 def add_step(name: str, dtype: torch.dtype, dim: int, rotary: bool) -> None:
@@ -162,13 +220,16 @@ for name, dtype in DTYPES.items():
             add_step(name, dtype, dim, rotary)
 
 
-# ---- decode: 16 and 64 packed rows, every kind of cache, several splits --------------------------------------------
-def add_decode(name: str, dtype: torch.dtype, dim: int, stored: torch.dtype, tokens: int, splits: int = 0) -> None:
+# ---- decode: 8, 16 and 64 packed rows, every kind of cache, several splits; without tensor cores -------------------
+def add_decode(
+    name: str, dtype: torch.dtype, dim: int, stored: torch.dtype, tokens: int, splits: int = 0, aligned: bool = True
+) -> None:
     kind = str(stored).removeprefix("torch.")
 
-    @case(f"decode {name} {dim} {kind} cache, {tokens} tokens, {splits} splits")
+    @case(f"decode {name} {dim} {kind} cache, {tokens} tokens, {splits} splits{'' if aligned else ', unaligned'}")
     def make(backend: Any) -> Case:
         q = randn(dtype, 2, tokens, 4, dim)
+        q = q if aligned else odd(q)
         narrow = stored.itemsize == 1
         k, v = ((torch.randn(9, 16, 1, dim) * (8 if narrow else 1)).to(stored) for _ in range(2))
         table = torch.randperm(9)[:8].reshape(2, 4).to(torch.int32)
@@ -182,8 +243,12 @@ for name, dtype in LOW.items():
     for dim in (64, 128, 256):
         for stored in (dtype, torch.float8_e4m3fn, torch.int8):
             add_decode(name, dtype, dim, stored, tokens=1)
+            add_decode(name, dtype, dim, stored, tokens=3)
             add_decode(name, dtype, dim, stored, tokens=9, splits=3)
-add_decode("fp32", torch.float32, 64, torch.float32, tokens=2)
+    for stored in (dtype, torch.float8_e4m3fn, torch.int8):
+        add_decode(name, dtype, 64, stored, tokens=2, splits=2, aligned=False)
+for stored in (torch.float32, torch.float8_e4m3fn, torch.int8):
+    add_decode("fp32", torch.float32, 64, stored, tokens=2, splits=2)
 
 
 # ---- append and pointwise ------------------------------------------------------------------------------------------
@@ -192,36 +257,79 @@ def add_append(name: str, dtype: torch.dtype, stored: torch.dtype) -> None:
     def make(backend: Any) -> Case:
         k, v = (randn(dtype, 2, 7, 2, 64) for _ in range(2))
         scale = torch.full((2,), 0.02) if stored.itemsize == 1 else None
-        used, frequencies = torch.tensor([3, 11], dtype=torch.int32), torch.rand(32)
+        options = {"seqused_k": torch.tensor([3, 11], dtype=torch.int32), "inv_freq": torch.rand(32)}
 
-        def run() -> list[Tensor]:
+        def append(k: Tensor, v: Tensor, interleaved: bool) -> list[Tensor]:
             caches = [torch.zeros(2, 20, 2, 64).to(stored) for _ in range(2)]
-            backend.ops.append_kv(k, v, *caches, seqused_k=used, k_scale=scale, v_scale=scale, inv_freq=frequencies)
+            backend.ops.append_kv(k, v, *caches, k_scale=scale, v_scale=scale, interleaved=interleaved, **options)
             return [cache.view(torch.uint8) for cache in caches]
 
-        return run
+        inputs = [(k, v), (odd(k), odd(v))]
+        return together(*(lambda x=x, order=order: append(*x, order) for x in inputs for order in (False, True)))
 
 
 def add_pointwise(name: str, dtype: torch.dtype) -> None:
-    def inputs() -> list[Tensor]:
-        return [randn(dtype, 2, 9, 2, 136) for _ in range(2)]
+    """Rows of every width that has an instance of its own, and rows that cannot be read 16 bytes at a time."""
+    vector = 16 // dtype.itemsize
+
+    def pair(*shape: int, aligned: bool = True) -> list[Tensor]:
+        made = [randn(dtype, *shape) for _ in range(2)]
+        return made if aligned else [odd(x) for x in made]
 
     @case(f"rms_norm {name}")
     def rms_norm(backend: Any) -> Case:
-        return with_gradients(lambda x, r, w: backend.ops.rms_norm(x, w, residual=r), *inputs(), randn(dtype, 136))
+        def of(x: Tensor, residual: Tensor) -> Case:
+            weight = randn(dtype, x.shape[-1])
+            return with_gradients(lambda x, r, w: backend.ops.rms_norm(x, w, residual=r), x, residual, weight)
+
+        # 32, 64, 128 and 256 threads to a row of 4 vectors each
+        dims = (136, 128 * vector + vector, 256 * vector + vector, 512 * vector + vector)
+        aligned = (of(*pair(2, 5, dim)) for dim in dims)
+        return together(*aligned, *(of(*pair(2, 5, dim, aligned=False)) for dim in (33, 128 * vector + 1)))
 
     @case(f"rotary {name}")
     def rotary(backend: Any) -> Case:
-        frequencies = torch.rand(68)
-        return with_gradients(lambda x: backend.ops.rotary(x, inv_freq=frequencies), inputs()[0])
+        frequencies = torch.rand(64)
+
+        def of(x: Tensor, interleaved: bool) -> Case:
+            return with_gradients(lambda x: backend.ops.rotary(x, inv_freq=frequencies, interleaved=interleaved), x)
+
+        inputs = (pair(2, 9, 2, 136)[0], pair(2, 9, 2, 136, aligned=False)[0])
+        return together(*(of(x, order) for x in inputs for order in (False, True)))
 
     @case(f"swiglu {name}")
     def swiglu(backend: Any) -> Case:
-        return with_gradients(backend.ops.swiglu, *inputs())
+        """Whole vectors, and a last element alone."""
+        return together(*(with_gradients(backend.ops.swiglu, *pair(3, 5, n)) for n in (136, 7)))
 
     @case(f"retention_output {name}")
     def retention_output(backend: Any) -> Case:
-        return with_gradients(backend.ops.retention_output, *inputs())
+        shapes = [pair(2, 9, 2, dim) for dim in (8 * vector, 16 * vector, 136)]  # 8, 16, 32 threads to a head
+        return together(
+            *(with_gradients(backend.ops.retention_output, *x) for x in (*shapes, pair(2, 9, 2, 40, aligned=False)))
+        )
+
+    @case(f"differential_combine {name}")
+    def differential_combine(backend: Any) -> Case:
+        def of(a: Tensor) -> Case:
+            return with_gradients(
+                lambda a, lam, w: backend.ops.differential_combine(a, lam, w),
+                *(a, torch.rand(2, 9, 2), randn(dtype, a.shape[-1])),
+            )
+
+        shapes = [pair(2, 9, 4, dim)[0] for dim in (16 * vector, 136)]  # 16 and 32 threads to a head
+        return together(*(of(a) for a in (*shapes, pair(2, 9, 4, 40, aligned=False)[0])))
+
+    @case(f"gated_memory {name}")
+    def gated_memory(backend: Any) -> Case:
+        def of(gate: Tensor, memory: Tensor) -> Case:
+            return with_gradients(
+                lambda g, m, w: backend.ops.gated_memory(g, m, normalize=True, weight=w),
+                *(gate, memory, randn(dtype, gate.shape[-1])),
+            )
+
+        shapes = [pair(2, 5, dim) for dim in (136, 128 * vector + vector)]  # a warp and a block to a row
+        return together(*(of(*x) for x in (*shapes, pair(2, 5, 40, aligned=False))))
 
 
 for name, dtype in DTYPES.items():

@@ -80,6 +80,18 @@ def test_info_prints_the_report(
     assert str(library.parent) in out and "YOCO_EXT_CUDA=1" in out
 
 
+def test_names_say_which_file_a_kernel_is_in(tmp_path: Path) -> None:
+    """Two files have a forward_kernel in their unnamed namespaces."""
+    for i, name in enumerate(("rms_norm", "pair_norm")):
+        entry = f"_ZN4yoco4cuda44_GLOBAL__N__0a1b2c3d_{len(name) + 3}_{name}_cu_89abcdef14forward_kernelILi8EEEvi"
+        text = f"ptxas info    : Compiling entry function '{entry}' for 'sm_80'\n"
+        (tmp_path / f"{i}.o.ptxas").write_text(text)
+    out = tmp_path / "report.json"
+    assert _script("collect", str(out), str(tmp_path / "0.o"), str(tmp_path / "1.o")).returncode == 0
+    names = [kernel["name"] for kernel in json.loads(out.read_text())["kernels"]]
+    assert [name.split("::")[0] for name in names] == ["pair_norm", "rms_norm"]
+
+
 def test_a_failing_compiler_fails(tmp_path: Path) -> None:
     code = "import sys; sys.stderr.write('kernel.cu: error: no\\n'); sys.exit(3)"
     done = _script("record", sys.executable, "-c", code, "-o", str(tmp_path / "kernel.o"))

@@ -73,10 +73,17 @@ def short(name: str) -> str:
     return name
 
 
+def source(mangled: str) -> str:
+    """rms_norm:: for a kernel in the unnamed namespace of rms_norm.cu (several share a name), else nothing."""
+    found = re.search(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}", mangled)
+    return f"{found[1]}::" if found else ""
+
+
 def collect(out: Path, files: list[Path]) -> int:
     kernels = [kernel for file in files if file.is_file() for kernel in parse(file.read_text())]
-    for kernel, name in zip(kernels, demangle([str(k["name"]) for k in kernels])):
-        kernel["name"] = short(name)
+    mangled = [str(kernel["name"]) for kernel in kernels]
+    for kernel, before, name in zip(kernels, mangled, demangle(mangled)):
+        kernel["name"] = source(before) + short(name)
     kernels.sort(key=lambda k: (str(k["arch"]), str(k["name"])))
     lines = ",\n".join("  " + json.dumps(k) for k in kernels)
     out.write_text(f'{{"kernels": [\n{lines}\n]}}\n' if kernels else '{"kernels": []}\n')
