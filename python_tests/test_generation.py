@@ -152,3 +152,34 @@ def test_generation_leaves_no_graph() -> None:
     model.generate([[1, 2, 3]], 3, cache=cache)
     kept: list[Tensor] = [cache.kv.k, cache.kv.v, *cache.states]
     assert not any(tensor.requires_grad for tensor in kept)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.tensor([1, 2]), 3), {}, r"prompts must be integers \[batch, time\], got torch.int64 \[2\]"),
+        ((torch.rand(1, 4), 3), {}, "prompts must be integers"),
+        (([1, 2, 3], 3), {}, r"\[tokens\] for a single one"),
+        (([[1, VOCAB]], 3), {}, f"prompts hold {VOCAB}; allowed: tokens 0 to {VOCAB - 1}"),
+        (([[-1]], 3), {}, "prompts hold -1"),
+        (([[1.5]], 3), {}, "sequences of integer tokens"),
+        (([[]], 3), {}, "at least one token"),
+        (([[1]], 0), {}, "max_new_tokens must be at least 1, got 0"),
+        (([[1]], 3), {"stop_tokens": 5}, "stop_tokens must be a collection of tokens, got 5"),
+        (([[1]], 3), {"temperature": float("nan")}, "temperature must not be negative, got nan"),
+        (([[1]], 3), {"temperature": 1.0, "top_p": 0.0}, r"top_p must be in \(0, 1\], got 0"),
+        (([[1]], 3), {"temperature": 1.0, "top_k": -1}, "top_k must be 0"),
+    ],
+)
+def test_a_wrong_call_says_so_and_leaves_the_cache_alone(arguments: tuple, options: dict, message: str) -> None:
+    model = tiny_model(ops="reference")
+    cache = model.new_cache(1)
+    with pytest.raises(ValueError, match=message):
+        model.generate(*arguments, cache=cache, **options)
+    assert cache.lengths == [0]
+
+
+def test_prompts_may_be_tensors_of_any_lengths() -> None:
+    model = tiny_model(ops="reference")
+    lists = [[1, 2, 3], [4]]
+    assert model.generate([torch.tensor(row) for row in lists], 4) == model.generate(lists, 4)

@@ -248,3 +248,15 @@ def test_frequencies_survive_casts_copies_and_late_allocation() -> None:
 def test_unknown_ops_are_refused() -> None:
     with pytest.raises(ValueError, match="ops must be one of fused, reference, got 'triton'"):
         YOCOForCausalLM(tiny_config(), "triton")
+
+
+@pytest.mark.parametrize("ops", ["fused", "reference"])
+def test_wrong_tokens_and_targets_are_named(ops: str) -> None:
+    model, ids = tiny_model(ops=ops), tokens(2, 5)
+    for call, message in (
+        (lambda: model(ids[None]), r"input_ids must be \[batch, time\] of int64 or int32, got torch.int64 \[1, 2, 5\]"),
+        (lambda: model(ids.float()), r"got torch.float32 \[2, 5\]"),
+        (lambda: model(ids, targets=ids[:, 1:]), r"targets must have the shape of input_ids \[2, 5\], got \[2, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -32,7 +32,7 @@ _PRESETS = {
 
 @dataclass(frozen=True)
 class YOCOConfig:
-    """Shape of a YOCO model. The defaults are YOCO-3B.
+    """Shape of a YOCO model. The defaults are YOCO-3B's, but for num_kv_heads: preset("3b") has 8.
 
     >>> YOCOConfig.preset("3b", self_decoder="sliding_window", window_size=2048)
     """

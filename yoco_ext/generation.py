@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -13,10 +14,7 @@ from .model import YOCOForCausalLM
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits [B, vocab] with -inf outside the top_k best and outside the smallest set of mass top_p."""
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (off) or positive, got {top_k}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    _check_sampling(0.0, top_k, top_p)
     if 0 < top_k < logits.shape[-1]:
         # By index, not by value: ties must not let more than top_k through.
         values, index = logits.topk(top_k)
@@ -29,6 +27,33 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
     return logits
 
 
+def _check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    if not temperature >= 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or positive, got {top_k}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def _rows(prompts: Tensor | Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+    """The prompts as lists, checked: on a GPU a token outside the vocabulary would end the process's use of it."""
+    if isinstance(prompts, Tensor):
+        if prompts.dim() != 2 or prompts.is_floating_point():
+            raise ValueError(f"prompts must be integers [batch, time], got {prompts.dtype} {list(prompts.shape)}")
+        prompts = prompts.tolist()
+    try:
+        rows = [[operator.index(token) for token in row] for row in prompts]
+    except TypeError as error:
+        raise ValueError("prompts must be sequences of integer tokens ([tokens] for a single one)") from error
+    if not rows or not all(rows):
+        raise ValueError("prompts must be one or more sequences of at least one token")
+    for token in (token for row in rows for token in row):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"prompts hold {token}; allowed: tokens 0 to {vocab_size - 1}")
+    return rows
+
+
 def sample(
     logits: Tensor,
     *,
@@ -38,8 +63,7 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """One token per row of logits [B, vocab]; temperature 0 takes the best (greedy)."""
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+    _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
     logits = filter_logits(logits.float() / temperature, top_k=top_k, top_p=top_p)
@@ -71,9 +95,10 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    rows = prompts.tolist() if isinstance(prompts, Tensor) else [list(row) for row in prompts]
-    if not rows or not all(rows):
-        raise ValueError("prompts must be one or more sequences of at least one token")
+    _check_sampling(temperature, top_k, top_p)  # all of it before a given cache is touched
+    if isinstance(stop_tokens, (int, str)):
+        raise ValueError(f"stop_tokens must be a collection of tokens, got {stop_tokens!r}")
+    rows = _rows(prompts, model.config.vocab_size)
     lengths, device = [len(row) for row in rows], model.device
     padded = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
     for i, row in enumerate(rows):

@@ -151,6 +151,12 @@ class CrossDecoder(Decoder):
         return x
 
 
+def _check_tokens(input_ids: Tensor) -> None:
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        got = f"{input_ids.dtype} {list(input_ids.shape)}"
+        raise ValueError(f"input_ids must be [batch, time] of int64 or int32, got {got}")
+
+
 class YOCOForCausalLM(nn.Module):
     """Decoder-decoder language model. The names in the state_dict are those of the official code.
 
@@ -195,6 +201,11 @@ class YOCOForCausalLM(nn.Module):
 
         Packed sequences: B = 1, cu_seqlens int32 [N + 1], max_seqlen at least the longest of them.
         """
+        _check_tokens(input_ids)
+        if targets is not None and targets.shape != input_ids.shape:
+            raise ValueError(
+                f"targets must have the shape of input_ids {list(input_ids.shape)}, got {list(targets.shape)}"
+            )
         x = self._embed(input_ids)
         x = self.self_decoder(x, cu_seqlens, max_seqlen)
         x = self.cross_decoder(x, cu_seqlens, max_seqlen)
@@ -296,7 +307,8 @@ class YOCOForCausalLM(nn.Module):
         return generate(self, prompts, max_new_tokens, **options)
 
     def _check_ids(self, input_ids: Tensor, cache: YOCOCache) -> tuple[int, int]:
-        if input_ids.dim() != 2 or input_ids.shape[1] < 1:
+        _check_tokens(input_ids)
+        if input_ids.shape[1] < 1:
             raise ValueError(f"input_ids must be [batch, time] with time >= 1, got shape {list(input_ids.shape)}")
         if input_ids.shape[0] != cache.batch_size:
             raise ValueError(f"input_ids has batch size {input_ids.shape[0]}, the cache {cache.batch_size}")
