@@ -32,6 +32,7 @@ YOCO_DEVICE Row split_row(const Params& p, int64_t row) {
   return {int64_t(batch), int64_t(bt - batch * time), int64_t(uint32_t(row) - bt * heads)};
 }
 
+// y may be o, so o does not come through the read-only path. The gate does.
 template <typename T, int N, int kLanes>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const RetentionOutputParams p) {
   const int64_t index = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
@@ -40,13 +41,14 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RetentionOutput
   const T* o = static_cast<const T*>(p.o.data) + row_offset(p.o, row.batch, row.time, row.head);
   const T* gate = static_cast<const T*>(p.gate.data) + row_offset(p.gate, row.batch, row.time, row.head);
   T* y = static_cast<T*>(p.y.data) + row_offset(p.y, row.batch, row.time, row.head);
-  const int dim = static_cast<int>(p.dim), lane = threadIdx.x % kLanes;
+  // Groups without a row read nothing: another block may be writing there.
+  const int dim = active ? static_cast<int>(p.dim) : 0, lane = threadIdx.x % kLanes;
   // All loads before the first use: the gate must not wait for the reduction. Kept as stored: half the registers.
   Vec<T, N> kept_o[kItems<T>], kept_gate[kItems<T>];
 #pragma unroll
   for (int i = 0; i < kItems<T>; ++i) {
     const int column = (i * kLanes + lane) * N;
-    kept_o[i] = column < dim ? load_const<N>(o + column) : Vec<T, N>{};
+    kept_o[i] = column < dim ? load<N>(o + column) : Vec<T, N>{};
     kept_gate[i] = column < dim ? load_const<N>(gate + column) : Vec<T, N>{};
   }
   float sum = 0.f;
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RetentionOutput
 #pragma unroll
   for (int i = 0; i < kItems<T>; ++i) accumulate(kept_o[i]);
   for (int column = (kItems<T> * kLanes + lane) * N; column < dim; column += kLanes * N) {
-    accumulate(load_const<N>(o + column));
+    accumulate(load<N>(o + column));
   }
   // __fdividef: an exact quotient is a call as well.
   const float rstd = rsqrtf(__fdividef(group_sum<kLanes>(sum), dim) + static_cast<float>(p.eps));
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RetentionOutput
     if (column < dim) finish(kept_o[i], kept_gate[i], column);
   }
   for (int column = (kItems<T> * kLanes + lane) * N; column < dim; column += kLanes * N) {
-    finish(load_const<N>(o + column), load_const<N>(gate + column), column);
+    finish(load<N>(o + column), load_const<N>(gate + column), column);
   }
 }
 
