@@ -192,6 +192,25 @@ for name, dtype in LOW.items():
         add_packed_retention(name, dtype, True, torch.float32, interleaved)
 
 
+def add_gate_behind(name: str, dtype: torch.dtype, dim: int) -> None:
+    """Norm and output gate where the run's kernel leaves them to a pass of their own: in place, or (o kept) not."""
+
+    @case(f"retention {name} {dim} packed, output gate")
+    def make(backend: Any) -> Case:
+        q, k, v, gate = (randn(dtype, 1, 66, 2, dim) for _ in range(4))
+        bounds = torch.tensor([0, 40, 60], dtype=torch.int32)
+
+        def gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor, gate: Tensor) -> Tensor:
+            return backend.ops.gated_retention(q, k, v, g, cu_seqlens=bounds, output_gate=gate)
+
+        inputs = q, k, v, -torch.rand(1, 66, 2), gate
+        return together(lambda: [gated(*inputs)], with_gradients(gated, *inputs))
+
+
+for name, dtype in DTYPES.items():
+    add_gate_behind(name, dtype, 256 if dtype in LOW.values() else 40)
+
+
 @case("retention bf16 128 128 140 rotary interleaved")
 def _(backend: Any) -> Case:
     """Neighbours keep to 64 columns a block."""
