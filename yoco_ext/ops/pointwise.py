@@ -76,6 +76,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def retention_output(o: Tensor, gate: Tensor, *, eps: float = 1e-5) -> Tensor:
     """What follows gated retention: o / sqrt(mean(o^2) + eps) * silu(gate), the norm per head and without weight.
+    On its own; gated_retention(..., output_gate=gate) does it before o is stored.
 
     o, gate: [B, T, H, D] of one dtype (cast alike under autocast), last dimension contiguous. Returns y like o.
     Differentiable in both. Raises ValueError for wrong shapes, dtypes or devices.
