@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         description="yoco_ext beside its peers in one run: medians and ratios.",
         epilog="example: yoco-ext bench --quick --only 'attention forward' --output bench/results/cpu/today.json",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="which suite (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="fewer lengths")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only cases whose name, shape or dtype contains TEXT"
@@ -29,10 +29,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the figures of an earlier run and stop")
     options = parser.parse_args(argv)
     if options.table:
-        print_table(options.table)
+        try:
+            print_table(options.table)
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--table {options.table}: no figures of this command ({type(error).__name__}: {error})")
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no GPU")
+    suite = cases.cuda_suite if options.device == "cuda" else cases.cpu_suite
+    chosen = [case for case in suite(options.quick) if options.only in str(case)]
+    if not chosen:
+        parser.error(f"--only {options.only}: no case's name, shape or dtype contains that")
     device = torch.device(options.device)
     torch.manual_seed(0)
     timer = Timer(device)
@@ -49,7 +56,6 @@ def main(argv: list[str] | None = None) -> int:
     results: list[Result] = []
     left_out: dict[str, str] = {}
     failed = 0
-    suite = cases.cuda_suite if device.type == "cuda" else cases.cpu_suite
     limit = float("inf")
     if device.type == "cuda":
         limit = 0.9 * torch.cuda.get_device_properties(device).total_memory  # the rest: workspaces, PyTorch, peers
@@ -58,9 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.output:
             save(options.output, about, ceilings, results, left_out)
 
-    for case in suite(options.quick):
-        if options.only not in str(case):
-            continue
+    for case in chosen:
         if case.memory > limit:
             why = f"needs {case.memory / 1e9:.0f} GB, more than the {limit / 1e9:.0f} GB allowed on {about['device']}"
             left_out[str(case)] = why

@@ -180,3 +180,15 @@ def test_a_lost_gpu_ends_the_run_and_says_so(
     said = json.loads(path.read_text())["left_out"]
     assert said == {"first s float32": "DeviceLost: peer: RuntimeError: illegal memory access"}
     assert "the cases behind are missing" in capsys.readouterr().out
+
+
+def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    for arguments, message in (
+        (["--only", "no such case"], "--only no such case: no case's name"),
+        (["--table", str(tmp_path / "none.json")], "none.json: no figures of this command"),
+        (["--table", str(tmp_path / "other.json")], "other.json: no figures of this command"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            bench.main(arguments)
+        assert exit_.value.code == 2 and message in capsys.readouterr().err

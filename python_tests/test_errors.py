@@ -64,6 +64,7 @@ CASES: list[tuple[str, Change, str]] = [
     ("attention", lambda i, a: {"window": 5}, r"window.*5.*left, right"),
     ("attention", lambda i, a: {"window": (-2, 0)}, r"window.*-2"),
     ("attention", lambda i, a: {"softcap": -1.0}, r"softcap.*-1.*>= 0"),
+    ("attention", lambda i, a: {"softcap": None}, r"softcap.*None.*>= 0"),
     ("attention", lambda i, a: {"scale": i.random(1)}, r"scale.*number"),
     ("attention", lambda i, a: {"sinks": i.random(3)}, r"sinks.*\[3\].*\[4\]"),
     ("attention", lambda i, a: {"sinks": i.ints(1, 2, 3, 4)}, r"sinks.*int32.*floating"),

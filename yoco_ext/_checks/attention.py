@@ -79,7 +79,7 @@ def _logit_options(
 ) -> None:
     _number("scale", scale)
     _number("softcap", softcap, "a number >= 0 (0: none)")
-    if not softcap >= 0:
+    if softcap is None or not softcap >= 0:
         fail("softcap", softcap, "a number >= 0 (0: none)")
     if sinks is not None:
         _per_head("sinks", sinks, heads, q)
