@@ -21,14 +21,19 @@ YOCO_DEVICE PairAngle chunk_angle(uint64_t turns, int64_t position, bool reverse
   return {static_cast<uint32_t>(first >> 32), static_cast<uint32_t>(step >> 32)};
 }
 
+// An angle in units of 2^-32 turns as radians within half a turn of 0, where the fast sine and cosine are good to
+// 2^-20.
+YOCO_DEVICE float angle_radians(uint32_t turns) {
+  return static_cast<float>(static_cast<int32_t>(turns)) * 1.4629180792671596e-9f;
+}
+
 // Cosines and sines of eight pairs at one row; the angle of pair i is half of angle[i / 2].
 YOCO_DEVICE void turn_angles(float (&cos)[8], float (&sin)[8], const uint4 (&angle)[4], int row, float sign) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const uint32_t first = i % 2 == 0 ? angle[i / 2].x : angle[i / 2].z;
     const uint32_t step = i % 2 == 0 ? angle[i / 2].y : angle[i / 2].w;
-    // Within half a turn of 0, where the fast sine and cosine are good to 2^-20.
-    const float radians = static_cast<float>(static_cast<int32_t>(first + row * step)) * 1.4629180792671596e-9f;
+    const float radians = angle_radians(first + row * step);
     cos[i] = __cosf(radians), sin[i] = __sinf(radians) * sign;
   }
 }

@@ -41,9 +41,11 @@ struct RunShape {
   static constexpr int kGates = kOut + (kOutInStage ? 0 : kTileV);
   static constexpr int kDots = kGates + kStages * static_cast<int>(sizeof(ChunkGates));
   static constexpr int kWarpSums = kDots + (kBackward ? kGroups * 8 * kChunk * 4 : 0);
-  static constexpr int kAngleSlots = kRotary ? angle_slot(kDimK / 2) : 0;
-  static constexpr int kAngles = kWarpSums + (kBackward ? kGroups * 16 : 0);
-  static constexpr int kFull = kAngles + kStages * kAngleSlots * 8, kEmpty = kFull + 8 * kStages;
+  static constexpr int kPairs = kDimK / 2;  // of columns that turn (rotate.cuh)
+  static constexpr bool kTurnTogether = kRotary && kDimK == 256;
+  static constexpr int kTurnSteps = kWarpSums + (kBackward ? kGroups * 16 : 0);
+  static constexpr int kAngles = kTurnSteps + (kRotary ? kPairs * 16 : 0);
+  static constexpr int kFull = kAngles + (kRotary ? kStages * kPairs * 4 : 0), kEmpty = kFull + 8 * kStages;
   static constexpr int kEmptyQ = kEmpty + 8 * kStages;  // with kEarlyQ
   static constexpr int kScoresFull = kEmptyQ + 8 * kStages, kScoresEmpty = kScoresFull + 8 * kScoreStages;
   static constexpr int kTilesTurned = kScoresEmpty + 8 * kScoreStages;
@@ -80,7 +82,9 @@ struct ChunkRings {
 // Which tokens a block visits. It lies in shared memory: the warps' roles have few registers to spare for what they
 // need once per chunk. Tokens of a batch row fit 31 bits here (run.h).
 struct RunBlock {
-  int n, head, segment, block_v, column, columns;  // RunItem's
+  int n, head, segment, block_v, column, columns;  // RunItem's (column: that of the first panel)
+  int panel_stride;                                // columns of v from one panel of the block to the next: 64, or
+                                                   // half a head where both halves of it turn (rotate.cuh)
   int batch, first_token, length;                  // of the sequence
   int num_chunks, segments;
   int begin, end;  // chunks of this segment, in the order of the run
@@ -102,6 +106,7 @@ struct RunBlock {
   struct Chunk {
     int count, end;
   };
+  YOCO_DEVICE int panel_column(int panel) const { return column + panel * panel_stride; }
   YOCO_DEVICE int chunk_index(int i) const { return reverse ? num_chunks - 1 - i : i; }
   YOCO_DEVICE Chunk chunk(int i) const {
     const int first = chunk_index(i) * kChunk, count = min(kChunk, length - first);

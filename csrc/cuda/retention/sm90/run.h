@@ -22,7 +22,7 @@ struct RetentionMaps {
 };
 
 // TMA can reach every tensor of every run of the grid (strides are multiples of 16 bytes, nothing is broadcast). With
-// rotary: the instance has up to 128 columns of k, and pairs of halves lie in pieces of 8 columns of one block.
+// rotary: pairs of halves lie in pieces of 8 columns and, where v turns, of one block (retention_fits_sm90 has the rule).
 bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instance);
 
 // One pass of p's runs; an instance per launch file in retention/sm90/instances.

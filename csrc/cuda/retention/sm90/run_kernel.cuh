@@ -41,14 +41,14 @@ YOCO_DEVICE void load_tiles(uint32_t shared, const RunBlock& b, const RetentionM
     }
 #pragma unroll
     for (int panel = 0; panel < Shape::kGroups; ++panel) {
-      const int offset = panel * kPanelBytes, column = b.column + panel * 64;
+      const int offset = panel * kPanelBytes, column = b.panel_column(panel);
       tma_load_panel(tiles + Shape::kV + offset, maps.v, full, column, box);
       if (dots) tma_load_panel(tiles + Shape::kX + offset, maps.x, full, column, box);
     }
   }
 }
 
-template <typename T, int kDimK, typename Shape>
+template <typename T, typename Shape>
 YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const RetentionGrid& p, const RetentionRun& run,
                                   ChunkGates* gates) {
   // Row r of the tiles is token r of the chunk in both directions; backwards, the run visits row 63 first.
@@ -63,14 +63,6 @@ YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const Rete
   constexpr int kWarps = Shape::kStages < 3 ? Shape::kStages : 3;
   const int own = threadIdx.x / 32 - 1;
   if (own >= kWarps) return;
-  [[maybe_unused]] uint64_t turns[kDimK / 64];  // of this lane's pairs, per position; 0: stays as it is
-  if constexpr (Shape::kRotary) {
-#pragma unroll
-    for (int j = 0; j < kDimK / 64; ++j) {
-      const int pair = j * 32 + threadIdx.x % 32;
-      turns[j] = pair < p.rotary.dim / 2 ? turns_per_position(p.rotary.inv_freq[pair]) : 0;
-    }
-  }
   RingPosition<Shape::kStages> at;
   const auto skip = [&](int chunks) {
     for (int j = 0; j < chunks; ++j) at.advance();
@@ -83,9 +75,7 @@ YOCO_DEVICE void load_chunk_gates(uint32_t shared, const RunBlock& b, const Rete
     if (i + kWarps < b.end) next = read(i + kWarps);
     mbarrier_wait(shared + Shape::kEmpty + at.slot * 8, at.parity ^ 1);
     scan_gates(gates[at.slot], g, !b.reverse, run.row_scale, run.update_scale, flip);
-    if constexpr (Shape::kRotary) {
-      write_angles<kDimK / 2>(stage_angles<Shape>(shared, at.slot), turns, b, b.chunk(i));
-    }
+    if constexpr (Shape::kRotary) write_angles<Shape>(shared, at.slot, b, b.chunk(i));
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared + Shape::kFull + at.slot * 8);
   }
@@ -196,7 +186,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::
   __shared__ RunBlock b;
   if (threadIdx.x == 0) {
     b.n = static_cast<int>(item.n), b.head = static_cast<int>(item.head), b.segment = item.segment;
-    b.block_v = item.block_v, b.column = item.column, b.columns = item.columns;
+    b.block_v = item.block_v, b.column = item.column, b.columns = item.columns, b.panel_stride = 64;
     b.batch = static_cast<int>(seq.batch), b.first_token = static_cast<int>(seq.begin);
     b.length = static_cast<int>(seq.length);
     b.num_chunks = static_cast<int>(num_chunks), b.segments = static_cast<int>(segments);
@@ -214,8 +204,9 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::
       b.anchor_states = run.group_states + ((slot * p.heads + item.head) * p.blocks_v + item.block_v) * kDimK * kBlockV;
       b.anchor_stride = p.heads * p.blocks_v;
     }
-    if constexpr (kRotary) set_turning(b, p.rotary, run);
+    if constexpr (kRotary) set_turning<kBlockV>(b, p.rotary, run);
   }
+  if constexpr (kRotary) write_turn_steps<Shape>(shared_bytes, p.rotary, run.rotate_v);
   ChunkGates* const gates = reinterpret_cast<ChunkGates*>(shared_bytes + Shape::kGates);
   if (threadIdx.x == 0) {
     const int state_warps = 4 * Shape::kGroups;
@@ -229,7 +220,9 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::
       mbarrier_init(shared + Shape::kScoresEmpty + s * 8, state_warps);
     }
     if constexpr (kRotary) {
-      for (int s = 0; s < Shape::kStages; ++s) mbarrier_init(shared + Shape::kTilesTurned + s * 8, 4);
+      for (int s = 0; s < Shape::kStages; ++s) {
+        mbarrier_init(shared + Shape::kTilesTurned + s * 8, turning_warps<Shape>(run.rotate_v));
+      }
     }
     mbarrier_init_fence();
   }
@@ -242,7 +235,7 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::
       if (threadIdx.x == 0)
         load_tiles<Shape>(shared, b, maps.runs[item.run], kBackward && !p.states_only && run.x.data != nullptr);
     } else {
-      load_chunk_gates<T, kDimK, Shape>(shared, b, p, run, gates);
+      load_chunk_gates<T, Shape>(shared, b, p, run, gates);
     }
   } else if (warpgroup == 1) {
     give_registers<Shape::kScoreRegisters>();
@@ -282,10 +275,7 @@ const char* launch_retention_sm90(const RetentionGrid& p, const RetentionMaps& m
     return launch_kernel(sm90::retention_run_kernel<T, kDimK, kBlockV, kBackward, rotary>,
                          dim3(static_cast<unsigned>(blocks)), Shape::kThreads, Shape::kBytes, launch, p, maps);
   };
-  if constexpr (kDimK <= 128) {
-    if (p.rotary.inv_freq != nullptr) return run(std::true_type{});
-  }
-  return run(std::false_type{});
+  return p.rotary.inv_freq != nullptr ? run(std::true_type{}) : run(std::false_type{});
 }
 
 #define YOCO_RETENTION_SM90_INSTANCES(T, kDimK, kBlockV)                                                           \

@@ -17,7 +17,7 @@ struct StateOwner {
   YOCO_DEVICE void for_each(const RunBlock& b, const RetentionGrid& p, const RetentionRun& run, F&& f) const {
     const int lane = thread % 32, column = group * 64 + thread / 32 % 4 * 16 + lane / 4;
     const int64_t own = (b.n * p.heads + b.head) * run.dim_k * run.dim_v + lane % 4 * 2 * run.state_stride_k +
-                        (b.column + column) * run.state_stride_v;
+                        (b.panel_column(group) + column - group * 64) * run.state_stride_v;
 #pragma unroll
     for (int j = 0; j < kDimK / 8; ++j) {
 #pragma unroll
@@ -184,6 +184,9 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
     };
     if constexpr (kOutputs) make_operands(0);
     mbarrier_wait(shared + Shape::kFull + at.slot * 8, at.parity);
+    if constexpr (Shape::kTurnTogether && !kDots) {  // where dots are wanted, V turns
+      turn_share<T, kDimK, kOutputs, Shape>(shared, b, at.slot, here().group(), here().row());
+    }
     if constexpr (Shape::kRotary) mbarrier_wait(shared + Shape::kTilesTurned + at.slot * 8, at.parity);
     const float total = gate.total;
     if constexpr (!kOutputs) segment_decay *= total;
@@ -344,8 +347,8 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
       }
       if constexpr (kDots && Shape::kRotary) {  // dq and dk turn back; a pair's columns may be in both groups' panels
         named_sync(3, Shape::kGroups * kWarpgroup);
-        turn_tiles<T, Shape::kGroups * 64, Shape::kGroups * kWarpgroup>({out}, stage_angles<Shape>(shared, at.slot), b,
-                                                                        owner().thread, -1.f);
+        constexpr int kRows = kChunk / Shape::kGroups;
+        turn_tiles<T, Shape::kGroups * 64, kRows, Shape>({out}, shared, at.slot, b, row, group * kRows, -1.f);
         fence_async_proxy();
         named_sync(3, Shape::kGroups * kWarpgroup);
       } else {
@@ -354,7 +357,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
       }
       const RunBlock::Chunk c = b.chunk(i);
       if (row == 0 && group * 64 < b.columns) {
-        tma_store_panel(out_map, out + place.panel(), b.column + group * 64, chunk_box(b, c));
+        tma_store_panel(out_map, out + place.panel(), b.panel_column(group), chunk_box(b, c));
         bulk_commit();
       }
       if constexpr (kDots) {
