@@ -166,7 +166,8 @@ def cases() -> Iterator[Counted]:
         yield from attention(dim)
     for dim in (64, 128, 256):
         yield from retention(dim)
-    yield from retention(128, rotary=True)
+    for dim in (128, 256):
+        yield from retention(dim, rotary=True)
     for tokens in (1, 16):
         yield from step(tokens)
     for dim, heads in ((64, (8, 4)), (128, (24, 8)), (256, (8, 4))):

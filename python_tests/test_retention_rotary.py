@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,11 +222,12 @@ def test_step(backend: Any, dim_k: int, dim_v: int, rotary_dim: int, dtype: torc
 
 
 @pytest.mark.backends("cpu", "cuda", "emulated")
-def test_several_segments(backend: Any) -> None:
+@pytest.mark.parametrize(("dim_k", "dim_v"), [(16, 16), (256, 40)])
+def test_several_segments(backend: Any, dim_k: int, dim_v: int) -> None:
     """Long enough to be cut up; the first pass turns only k."""
     time = 2100
-    tensors = make(1, time, 1, 16, 16, torch.bfloat16, device=backend.device, gate_dtype=torch.float32)
-    check(backend, tensors, length=time, inv_freq=frequencies(16, backend.device), offsets=ints(backend.device, 9))
+    tensors = make(1, time, 1, dim_k, dim_v, torch.bfloat16, device=backend.device, gate_dtype=torch.float32)
+    check(backend, tensors, length=time, inv_freq=frequencies(dim_k, backend.device), offsets=ints(backend.device, 9))
 
 
 @pytest.mark.backends("cuda", "emulated")
@@ -232,6 +236,85 @@ def test_blocks_of_all_columns(backend: Any, interleaved: bool) -> None:
     """With many heads a block covers 128 columns; with few 64, and the halves of a pair come from far apart."""
     tensors = make(1, 5, 70, 128, 128, torch.bfloat16, device=backend.device)
     check(backend, tensors, length=5, inv_freq=frequencies(128, backend.device), interleaved=interleaved)
+
+
+# What the Hopper kernels take: both columns of a pair in one block of 128 columns, or a whole head of 256 in two.
+@pytest.mark.unpoisoned
+@pytest.mark.backends("emulated")
+@pytest.mark.skipif(os.environ.get("PTXSIM_CC", "90") != "90", reason="Hopper's kernels")
+@pytest.mark.parametrize(
+    ("dim", "rotary_dim", "interleaved", "backward"),
+    [
+        *[(256, 256, False, True), (256, 192, True, True), (192, 128, False, True), (128, 128, False, True)],
+        *[(256, 192, False, False), (160, 160, False, False)],
+    ],
+)
+def test_which_kernels_run_on_hopper(
+    backend: Any,
+    dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    backward: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensors = make(1, 5, 1, dim, dim, torch.bfloat16, device=backend.device)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    options = {"inv_freq": frequencies(rotary_dim, backend.device), "interleaved": interleaved}
+
+    def kernels(call: Any) -> tuple[Any, list[str]]:
+        file = tmp_path / "launches.json"
+        file.write_text("")
+        monkeypatch.setenv("PTXSIM_STATS", str(file))
+        result = call()
+        monkeypatch.delenv("PTXSIM_STATS")
+        names = [json.loads(line)["kernel"] for line in file.read_text().splitlines()]
+        return result, [name for name in names if "retention_run" in name]
+
+    (o, _), names = kernels(lambda: run(backend, leaves, **options))
+    assert len(names) == 1 and "sm90" in names[0], names
+    _, names = kernels(lambda: torch.autograd.grad(o.sum(), leaves["q"]))
+    assert len(names) == 2 and all(("sm90" in name) == backward for name in names), names
+
+
+@pytest.mark.backends("cuda", "emulated")
+@STYLES
+@pytest.mark.parametrize(("dim_k", "dim_v"), [(256, 256), (144, 200)])
+def test_wide_heads_over_many_chunks(backend: Any, dim_k: int, dim_v: int, interleaved: bool) -> None:
+    """Seven chunks: on Hopper a ring of two stages comes round more than three times."""
+    tensors = make(1, 400, 1, dim_k, dim_v, torch.bfloat16, device=backend.device)
+    options = {"inv_freq": frequencies(dim_k, backend.device), "interleaved": interleaved}
+    check(backend, tensors, length=400, offsets=ints(backend.device, 70_001), **options)
+
+
+@pytest.mark.backends("emulated")
+@pytest.mark.parametrize(
+    ("dim", "interleaved"), [(64, False), (128, True), (256, False), (256, True)], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize("schedule", ["lazy", "random-1", "random-2"])
+def test_asynchronous_copies(
+    backend: Any, schedule: str, dim: int, interleaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies that land as late as the architecture allows, and random orders of warps and blocks, under the race
+    checker: the bits of an ordinary run."""
+    time = 330 if dim == 256 else 140
+    tensors = make(1, time, 1, dim, 64, torch.bfloat16)
+    upstream = torch.randn(1, time, 1, 64).bfloat16()
+    options = {"inv_freq": frequencies(dim, "cpu"), "interleaved": interleaved, "offsets": 5}
+
+    def everything() -> list[Tensor]:
+        leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+        o, state = run(backend, leaves, **options)
+        return [o, state, *torch.autograd.grad([o, state], list(leaves.values()), [upstream, state.detach()])]
+
+    want = everything()
+    mode, _, seed = schedule.partition("-")
+    monkeypatch.setenv("PTXSIM_MODE", mode)
+    monkeypatch.setenv("PTXSIM_RACE", "1")
+    if seed:
+        monkeypatch.setenv("PTXSIM_SEED", seed)
+    for a, b in zip(want, everything(), strict=True):
+        assert bitwise_equal(a, b)
 
 
 @hypothesis_settings(max_examples=25)

@@ -36,8 +36,8 @@ bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instan
   if (p.time >= INT32_MAX - kChunk || tensor_map_encoder() == nullptr) return false;
   if (p.rotary.inv_freq != nullptr) {
     // Where v turns, a block has both columns of its pairs: among the first block_v, or in two panels of 64.
-    const bool one_block = !p.runs[0].rotate_v || p.rotary.dim <= instance.block_v ||
-                           (instance.block_v == 128 && p.rotary.dim == 256);
+    const bool one_block =
+        !p.runs[0].rotate_v || p.rotary.dim <= instance.block_v || (instance.block_v == 128 && p.rotary.dim == 256);
     if (!p.rotary.interleaved && (p.rotary.dim % 16 != 0 || !one_block)) return false;
   }
   for (int r = 0; r < p.num_runs; ++r) {

@@ -22,7 +22,8 @@ struct RetentionMaps {
 };
 
 // TMA can reach every tensor of every run of the grid (strides are multiples of 16 bytes, nothing is broadcast). With
-// rotary: pairs of halves lie in pieces of 8 columns and, where v turns, of one block (retention_fits_sm90 has the rule).
+// rotary: pairs of halves lie in pieces of 8 columns and, where v turns, of one block (retention_fits_sm90 has the
+// rule).
 bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instance);
 
 // One pass of p's runs; an instance per launch file in retention/sm90/instances.
