@@ -5,13 +5,15 @@ The same rules hold on every back end, so every back end runs them; the shapes a
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import attend, check, int32, random_int32, tensors
-from numerics import assert_rule, bitwise_equal, run_with_gradients
+from numerics import assert_rule, bitwise_equal, compare, run_with_gradients
 
 from yoco_ext import reference
 
@@ -88,17 +90,13 @@ def test_a_query_block_longer_than_announced(backend, dtype):
     assert bitwise_equal(out, expected[0]) and bitwise_equal(lse, expected[1])
 
 
-@dtypes
-@pytest.mark.parametrize("dims", [(256, 256), (136, 256), (192, 144)], ids=str)
-@pytest.mark.parametrize("case", ["causal", "window", "prefix", "packed", "latents", "group of 5", "deterministic"])
-def test_backward_of_wide_heads(backend, dtype, dims, case):
-    """Above head dim 128 dK and dV have one warpgroup each: several key tiles, walks of one row tile and of many."""
-    time = (150, 200)
+def backward_case(backend, dtype, dims, case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs of several tiles of rows and of keys, and the options of the case."""
     options: dict[str, Any] = {}
     inputs = tensors(
         backend,
         dtype,
-        time,
+        (150, 200),
         batch=1,
         heads=(5, 1) if case == "group of 5" else (2, 1),
         dims=dims,
@@ -122,19 +120,88 @@ def test_backward_of_wide_heads(backend, dtype, dims, case):
         }
     elif case == "deterministic":
         options = {"deterministic": True}
+    return inputs, options
+
+
+@dtypes
+@pytest.mark.parametrize("dims", [(256, 256), (136, 256), (192, 144)], ids=str)
+@pytest.mark.parametrize("case", ["causal", "window", "prefix", "packed", "latents", "group of 5", "deterministic"])
+def test_backward_of_wide_heads(backend, dtype, dims, case):
+    """Above head dim 128 dK and dV have one warpgroup each: several key tiles, walks of one row tile and of many."""
+    inputs, options = backward_case(backend, dtype, dims, case)
     check(backend, inputs, **options)
+
+
+MODIFIED = ["softcap", "alibi", "softcap and alibi", "negative scale", "scale of zero"]
+
+
+def modified_score(backend, option: str, heads: int, sequences: int = 1) -> dict[str, Any]:
+    """Options that make a score more than a positive scale times q.k."""
+    options: dict[str, Any] = {}
+    if "softcap" in option:
+        options["softcap"] = 1.5  # of scores around 1: up to saturation
+    if "alibi" in option:
+        options["alibi_slopes"] = torch.rand(*([sequences] if sequences > 1 else []), heads, device=backend.device) / 4
+    if "scale" in option:
+        options["scale"] = -0.1 if "negative" in option else 0.0
+    return options
 
 
 @dtypes
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_gradients_of_keys_before_a_bad_row(backend, dtype, dim):
+@pytest.mark.parametrize("option", MODIFIED)
+def test_backward_of_modified_scores(backend, dtype, dim, option):
+    """Second instances of the kernels: by keys, with dQ and without (deterministic), and dQ by rows."""
+    inputs, _ = backward_case(backend, dtype, (dim, dim), "causal")
+    options = modified_score(backend, option, 2)
+    check(backend, inputs, **options)
+    if option == "softcap and alibi":
+        check(backend, inputs, **options, deterministic=True)
+        compare(attend(backend.ops), attend(reference), inputs, wanted=["q"], length=350, **options)
+        compare(attend(backend.ops), attend(reference), inputs, wanted=["k", "v"], length=350, **options)
+
+
+@dtypes
+@pytest.mark.parametrize("dims", [(64, 64), (128, 72), (256, 136)], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("case", ["window", "prefix", "packed", "latents", "group of 5"])
+def test_masks_of_modified_scores(backend, dtype, dims, case, deterministic):
+    """Where rows and keys are counted from: slopes per head and per sequence, none on latents."""
+    inputs, options = backward_case(backend, dtype, dims, case)
+    options |= modified_score(backend, "softcap and alibi", inputs["q"].shape[2], 3 if case == "packed" else 1)
+    check(backend, inputs, **options, deterministic=deterministic)
+
+
+@pytest.mark.backends("emulated")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("option", ["plain", *MODIFIED])
+def test_which_backward_runs(backend, dim, option, tmp_path, monkeypatch):
+    """No option sends the gradients to the slower kernels of the sm_80 family."""
+    if os.environ.get("PTXSIM_CC", "90") != "90":
+        pytest.skip("the emulator stands for another GPU (PTXSIM_CC)")
+    monkeypatch.setenv("PTXSIM_STATS", str(tmp_path / "launches"))
+    inputs = tensors(backend, torch.bfloat16, (10, 20), batch=1, heads=(2, 1), dims=(dim, dim))
+    for deterministic in (False, True):
+        options = modified_score(backend, option, 2) | {"deterministic": deterministic}
+        run_with_gradients(attend(backend.ops), inputs, options, lambda out: [torch.randn_like(x) for x in out], "qkv")
+    launches = [json.loads(line)["kernel"] for line in (tmp_path / "launches").read_text().splitlines()]
+    backward = [name for name in launches if "attention_backward" in name]
+    assert len(backward) == 3 and sum("backward_q" in name for name in backward) == 1
+    assert all("sm90" in name for name in backward), backward
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("option", ["", "softcap and alibi"])
+def test_gradients_of_keys_before_a_bad_row(backend, dtype, dim, option):
     """A row shares its tile with keys it does not see: its NaN must not reach them, whichever gradient it spoils."""
     inputs = tensors(backend, dtype, (90, 90), batch=1, heads=(2, 1), dims=(dim, dim))
+    options = modified_score(backend, option, 2)
     upstream = [torch.randn_like(x) for x in attend(backend.ops)(**inputs)]
-    _, clean = run_with_gradients(attend(backend.ops), inputs, {}, upstream, "qkv")
+    _, clean = run_with_gradients(attend(backend.ops), inputs, options, upstream, "qkv")
     inputs["v"][0, 70] = math.inf  # dP of rows 70 on: dQ, and dK of all they see
     upstream[0][0, 40, 1] = math.nan  # dV and dK of keys up to 40
-    _, found = run_with_gradients(attend(backend.ops), inputs, {}, upstream, "qkv")
+    _, found = run_with_gradients(attend(backend.ops), inputs, options, upstream, "qkv")
     assert found["v"][0, :41].isnan().all() and found["k"][0, :41].isnan().all()
     assert found["v"][0, 41:].isfinite().all()
     assert_close = torch.testing.assert_close

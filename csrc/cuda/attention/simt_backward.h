@@ -19,20 +19,17 @@ YOCO_DEVICE RowScore make_row_score(const AttentionParams& p, const RowMap& m, i
                   float(m.token(row) + int(m.sequence.len_k - m.sequence.len_q) - key)};
 }
 
-// x: raw score -> P; d: dP -> dS, without the scale. stat: {lse, delta} of the row; the key is `offset` after the one
-// row_score was made for.
+// P of a score without its bias, in log2 units; the key is `offset` after the one row_score was made for.
+YOCO_DEVICE float biased_probability(const RowScore& r, int offset, float score, float lse) {
+  return exp2_approx(score - r.bias * fabsf(r.distance - float(offset)) - lse);
+}
+// x: raw score -> P; d: dP -> dS, without the scale. stat: {lse, delta} of the row; offset as above.
 template <bool kTransform>
 YOCO_DEVICE void score_gradient(const ScoreParams& sp, const RowScore& r, int offset, float2 stat, float& x, float& d) {
   if constexpr (kTransform) {
-    float slope = 1.f;
-    float score = x * sp.scale_log2;
-    if (sp.cap_out > 0.f) {
-      const float t = fast_tanh(x * sp.cap_in);
-      score = sp.cap_out * t;
-      slope = 1.f - t * t;
-    }
-    x = exp2_approx(score - r.bias * fabsf(r.distance - float(offset)) - stat.x);
-    d = x * (d - stat.y) * slope;
+    const CappedScore s = sp.cap_out > 0.f ? softcap(sp, x) : CappedScore{x * sp.scale_log2, 1.f};
+    x = biased_probability(r, offset, s.score, stat.x);
+    d = x * (d - stat.y) * s.slope;
   } else {
     x = exp2_approx(fmaf(x, sp.multiplier, -stat.x));
     d = x * (d - stat.y);

@@ -38,10 +38,19 @@ inline ScoreParams make_score_params(const AttentionParams& p) {
 // tanh from one exponential: absolute error 1e-7 (tanh.approx has 5e-4, which a softcap of 50 would amplify).
 YOCO_DEVICE float fast_tanh(float x) { return 1.f - __fdividef(2.f, exp2_approx(2.f * kLog2E * x) + 1.f); }
 
+// Softcap of a raw score: in log2 units, and its derivative.
+struct CappedScore {
+  float score, slope;
+};
+YOCO_DEVICE CappedScore softcap(const ScoreParams& sp, float raw) {
+  const float t = fast_tanh(raw * sp.cap_in);
+  return CappedScore{sp.cap_out * t, 1.f - t * t};
+}
+
 // Score in log2 units of one element when not plain. bias_log2: alibi_slope * log2(e) (0 on latents); distance to the
 // diagonal.
 YOCO_DEVICE float transform_score(const ScoreParams& sp, float raw, float bias_log2, float distance) {
-  const float s = sp.cap_out > 0.f ? sp.cap_out * fast_tanh(raw * sp.cap_in) : raw * sp.scale_log2;
+  const float s = sp.cap_out > 0.f ? softcap(sp, raw).score : raw * sp.scale_log2;
   return s - bias_log2 * fabsf(distance);
 }
 

@@ -7,7 +7,7 @@
 // that P^T and dS^T come out of the softmax as operands of the next products and never leave the registers of dK and
 // dV:
 //   S^T = K Q^T, dP^T = V dO^T     WGMMA, both operands from shared memory
-//   P = exp2(S - lse), dS = P * (dP - delta)        float32, in registers
+//   P = exp2(S - lse), dS = P * (dP - delta)        float32, in registers; softcap and alibi are a second instance
 //   dV += P^T dO, dK += dS^T Q     WGMMA, P^T and dS^T rounded to T from registers, dO and Q as they lie
 //   dQ = dS K                      WGMMA over the keys of both warpgroups: dS goes through shared memory
 // dQ of a tile runs one tile late, behind dV and dK of the next one: dS has two buffers, so the warpgroups may be half
@@ -126,6 +126,9 @@ YOCO_DEVICE void produce(const AttentionBackwardParams& p, const BackwardPlan& p
             }
             store_shared(shared + Shared::kHeader + at.slot * 16,
                          make_int4(int(dq_tile(p, map, tile_rows, tile)), rows | (full ? kFullTile : 0), index, first));
+            if constexpr (Config::kModified) {
+              store_shared(shared + Shared::kDiagonal + at.slot * 4, tile * (tile_rows / map.group) + len_k - len_q);
+            }
           }
 #pragma unroll
           for (int i = 0; i < kPerLane; ++i) {
@@ -216,13 +219,21 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
       const uint32_t row_floats = slots.slot * (kRows * 4);
       wgmma_wait<1>();
       pin_registers(s);
-      exponentiate(s, shared + Shared::kLse + row_floats, multiplier);
-      if (!full) mask_scores<Config>(s, shared, slots.slot, first + own_key);
       uint32_t probabilities[kS / 8][4], ds[kS / 8][4];
-      pack_operand<T>(probabilities, s);
+      uint32_t weights[kS / 8][4];  // kModified: of dS
+      if constexpr (Config::kModified) {
+        exponentiate_modified<Config>(plan.score, s, probabilities, weights, shared, slots.slot,
+                                      first + own_key - slots.diagonal());
+        if (!full) mask_operand<Config>(probabilities, shared, slots.slot, first + own_key);
+      } else {
+        exponentiate(s, shared + Shared::kLse + row_floats, multiplier);
+        if (!full) mask_scores<Config>(s, shared, slots.slot, first + own_key);
+        pack_operand<T>(probabilities, s);
+      }
       wgmma_wait<0>();
       pin_registers(dp);
-      score_gradients(dp, shared + Shared::kDelta + row_floats, [&](int i) { return s[i]; });
+      score_gradients(dp, shared + Shared::kDelta + row_floats,
+                      [&](int i) { return Config::kModified ? operand_element<T>(weights, i) : s[i]; });
       if (!full) mask_scores<Config>(dp, shared, slots.slot, first + own_key);
       pack_operand<T>(ds, dp);
 
@@ -372,16 +383,20 @@ __global__ void __launch_bounds__(Config::kRows * 2)
 template <typename T, int D>
 const char* launch_attention_backward(const AttentionBackwardParams& p, const BackwardPlan& plan, int* counter,
                                       const Launch& launch) {
-  using Config = BackwardConfig<T, D, true>;
+  using Config = BackwardConfig<T, D, true, false>;
+  using Modified = BackwardConfig<T, D, true, true>;
   if (const char* message = set_device(launch)) return message;
   BackwardMaps maps{};
   const char* m = make_backward_maps(maps, p, Config::kRows, Config::kKeys);
   if (m) return m;
   const int64_t count = std::max<int64_t>(plan.schedule.count(), 1);
   const unsigned ctas = unsigned(std::min<int64_t>(count, std::max(sm_count(launch.device), 1)));
-  const auto kernel = plan.dq_accumulator != nullptr ? attention_backward_kernel<Config>
-                                                     : attention_backward_kernel<BackwardConfig<T, D, false>>;
-  m = launch_kernel(kernel, ctas, Config::kThreads, BackwardShared<Config>::kBytes, launch, p, plan, maps,
+  const bool plain = plan.score.plain, dq = plan.dq_accumulator != nullptr;
+  const auto kernel =
+      plain ? (dq ? attention_backward_kernel<Config> : attention_backward_kernel<BackwardConfig<T, D, false, false>>)
+            : (dq ? attention_backward_kernel<Modified> : attention_backward_kernel<BackwardConfig<T, D, false, true>>);
+  m = launch_kernel(kernel, ctas, Config::kThreads,
+                    plain ? BackwardShared<Config>::kBytes : BackwardShared<Modified>::kBytes, launch, p, plan, maps,
                     count > ctas ? counter : nullptr);
   if (m || plan.dq_accumulator == nullptr) return m;
   return launch_kernel(finish_dq_kernel<Config>, unsigned(std::max<int64_t>(plan.row_schedule.count(), 1)),

@@ -48,11 +48,10 @@ const char* launch_attention_backward_q(const AttentionBackwardParams& p, const 
                                         const Launch& launch);
 
 // The rule of dispatch: what the Hopper kernels do not serve runs on those of the sm_80 family.
-//   softcap, alibi         and negative scales: scores that are more than scale * q.k
 //   group > rows           a tile of rows holds whole tokens
 //   broadcast inputs       TMA reads no dimension of stride 0
 inline bool backward_fits(const AttentionBackwardParams& p, int rows) {
-  return p.dtype != DType::kFloat32 && make_score_params(p).plain && p.heads_q / p.heads_kv <= rows && inputs_fit(p) &&
+  return p.dtype != DType::kFloat32 && p.heads_q / p.heads_kv <= rows && inputs_fit(p) &&
          fits(p.d_out, p.batch, p.time_q, p.heads_q);
 }
 inline bool backward_fits(const AttentionBackwardParams& p) {

@@ -22,9 +22,11 @@ namespace yoco::cuda::sm90 {
 //   64   128   3 + 2        114 KB   dQ 32, S + dP 128, dS 32
 //   128  64    3 + 2        146 KB   dQ 64, S + dP 64, dS 16
 //   256  48    2 + 2        226 KB   dQ 128, S + dP 48, dS 12; 64 keys do not fit
-template <typename T, int D>
+// kModified: softcap, alibi or a scale that is not positive.
+template <typename T, int D, bool Modified>
 struct BackwardQConfig {
   using Element = T;
+  static constexpr bool kModified = Modified;
   static constexpr int kDim = D, kPanels = D / 64;
   static constexpr int kRows = kBackwardQRows, kKeys = D == 64 ? 128 : D == 128 ? 64 : 48;
   static constexpr int kConsumers = 2 * kWarpgroup, kThreads = kWarpgroup + kConsumers;
@@ -112,6 +114,19 @@ YOCO_DEVICE void produce(const AttentionBackwardParams& p, const BackwardPlan& p
   publish(last);
 }
 
+// kModified. s: raw scores, dp: dP -> dS; rows: the two rows of this thread, at its first column.
+template <bool kSoftcap, int N>
+YOCO_DEVICE void modified_gradients(const ScoreParams& score, const RowScore (&rows)[2], const float2 (&stat)[2],
+                                    const float (&s)[N], float (&dp)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int h = i / 2 % 2;
+    const CappedScore capped = kSoftcap ? softcap(score, s[i]) : CappedScore{s[i] * score.scale_log2, 1.f};
+    const float p = biased_probability(rows[h], i / 4 * 8 + i % 2, capped.score, stat[h].x);
+    dp[i] = p * (dp[i] - stat[h].y) * capped.slope;
+  }
+}
+
 // A consumer warpgroup: rows 64 w .. 64 w + 63 of every tile.
 template <typename Config>
 YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& plan, uint32_t shared) {
@@ -121,7 +136,6 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
   const int tile_row = int(threadIdx.x - kWarpgroup) / 32 * 16 + lane / 4;  // and + 8
   const uint32_t q_tile = shared + Config::kQ + warpgroup * 64 * 128, do_tile = q_tile + Config::kRowBytes;
   const uint32_t row_keys_at = shared + Config::kRowKeys + tile_row * int(sizeof(int2));
-  const float multiplier = plan.score.multiplier;
   RingPosition<Config::kStagesK> at_k, at_k_again;  // S, and dQ one block behind
   RingPosition<Config::kStagesV> at_v;
   uint32_t tile_parity = 0, q_parity = 0;
@@ -142,6 +156,7 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
 
     if (tile.begin < tile.end) {
       float2 stat[2];  // lse in log2 units, delta
+      RowScore row_score[2] = {};
       {
         const RowMap map = row_map();
         const float2* stats = plan.stats + first_stat(p, map) + tile.first_row;
@@ -150,6 +165,9 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
         for (int h = 0; h < 2; ++h) {
           const int row = tile_row + 8 * h;
           stat[h] = row < tile.rows ? stats[row] : make_float2(-YOCO_NEG_INF, 0.f);
+          if constexpr (Config::kModified) {
+            if (row < tile.rows) row_score[h] = make_row_score(p, map, tile.first_row + row, lane % 4 * 2, false);
+          }
         }
 #pragma unroll 1
         for (int latents = 0; latents < (p.num_latents > 0 ? 2 : 1); ++latents) {
@@ -221,12 +239,22 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
       };
       // dS of block n, in dp.
       const auto scores_to_ds = [&](int n) {
-#pragma unroll
-        for (int i = 0; i < kS; ++i) {
-          const int h = i / 2 % 2;
-          dp[i] = exp2_approx(fmaf(s[i], multiplier, -stat[h].x)) * (dp[i] - stat[h].y);
-        }
         const int first = tile.first_key<kKeys>(n);
+        if constexpr (Config::kModified) {
+          RowScore rows[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            rows[h] = RowScore{n < tile.num_main ? row_score[h].bias : 0.f, row_score[h].distance - float(first)};
+          }
+          if (plan.score.cap_out > 0.f) {
+            modified_gradients<true>(plan.score, rows, stat, s, dp);
+          } else {
+            modified_gradients<false>(plan.score, rows, stat, s, dp);
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < kS; ++i) score_gradient<false>(plan.score, RowScore{}, 0, stat[i / 2 % 2], s[i], dp[i]);
+        }
         if (tile.full<kKeys>(n, first)) return;
         int2 keys[2];
 #pragma unroll
@@ -321,14 +349,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <typename T, int D>
 const char* launch_attention_backward_q(const AttentionBackwardParams& p, const BackwardPlan& plan,
                                         const Launch& launch) {
-  using Config = BackwardQConfig<T, D>;
+  using Config = BackwardQConfig<T, D, false>;
   if (const char* message = set_device(launch)) return message;
   BackwardMaps maps{};
   const char* m = make_backward_maps(maps, p, Config::kRows, Config::kKeys);
   if (m) return m;
+  const auto kernel =
+      plan.score.plain ? attention_backward_q_kernel<Config> : attention_backward_q_kernel<BackwardQConfig<T, D, true>>;
   // As many CTAs as the plan has row tiles, whatever their size: the kernel strides over them.
-  return launch_kernel(attention_backward_q_kernel<Config>, unsigned(std::max<int64_t>(plan.row_schedule.count(), 1)),
-                       Config::kThreads, Config::kSharedBytes, launch, p, plan, maps);
+  return launch_kernel(kernel, unsigned(std::max<int64_t>(plan.row_schedule.count(), 1)), Config::kThreads,
+                       Config::kSharedBytes, launch, p, plan, maps);
 }
 
 }  // namespace yoco::cuda::sm90

@@ -18,11 +18,11 @@ namespace yoco::cuda::sm90 {
 //   128  64   128   64      128      32   195 KB   80 rows: S + dP 80, 240 registers do not hold it with a row's mask
 //   256  64   64    32      128      64   211 KB   S, dV in one warpgroup, dP, dK in the other (backward_wide.cuh); 128
 //                                                  keys: dK + dV alone would be all registers of the SM
-// kDQ: dQ is made here too.
-template <typename T, int D, bool DQ>
+// kDQ: dQ is made here too. kModified: softcap, alibi or a scale that is not positive.
+template <typename T, int D, bool DQ, bool Modified>
 struct BackwardConfig {
   using Element = T;
-  static constexpr bool kDQ = DQ;
+  static constexpr bool kDQ = DQ, kModified = Modified;
   static constexpr int kDim = D;
   static constexpr int kRows = BackwardTiles<D>::kRows;
   static constexpr int kKeys = BackwardTiles<D>::kKeys;
@@ -53,9 +53,12 @@ struct BackwardShared {
   static constexpr int kLse = kDQ + (Config::kWide ? 0 : 8 * Config::kPiece * 4);  // [stage][row]
   static constexpr int kDelta = kLse + Config::kStages * Config::kRows * 4;
   static constexpr int kSeen = kDelta + Config::kStages * Config::kRows * 4;  // [stage][row] {begin, end} of keys
-  static constexpr int kHeader =
-      kSeen + Config::kStages * Config::kRows * 8;  // [stage] {dQ tile, rows + flags, work, first key}
-  static constexpr int kFull = kHeader + Config::kStages * 16;
+  // [stage] {dQ tile, rows + flags, work, first key}
+  static constexpr int kHeader = kSeen + Config::kStages * Config::kRows * 8;
+  // kModified: [row] RowScore, its distance counted from kDiagonal, [stage] int: the key on the diagonal of row 0.
+  static constexpr int kBias = kHeader + Config::kStages * 16;
+  static constexpr int kDiagonal = kBias + (Config::kModified ? Config::kRows * 8 : 0);
+  static constexpr int kFull = kDiagonal + (Config::kModified ? Config::kStages * 4 : 0);
   static constexpr int kEmpty = kFull + 8 * Config::kStages;
   static constexpr int kKeysFull = kEmpty + 8 * Config::kStages;
   static constexpr int kKeysEmpty = kKeysFull + 8;
@@ -81,6 +84,25 @@ YOCO_DEVICE float2 load_shared_float2(uint32_t address) {
 }
 YOCO_DEVICE void store_shared(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(address), "f"(v) : "memory");
+}
+YOCO_DEVICE float4 load_shared_float4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+YOCO_DEVICE int load_shared_int(uint32_t address) {
+  int v;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+YOCO_DEVICE void store_shared(uint32_t address, int v) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(v) : "memory");
+}
+YOCO_DEVICE void store_shared(uint32_t address, const RowScore& v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(v.bias), "f"(v.distance) : "memory");
 }
 YOCO_DEVICE void store_shared(uint32_t address, int2 v) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
@@ -174,11 +196,26 @@ struct SlotReader {
     fence_async_proxy();
     named_sync(kConsumerBarrier, Config::kConsumers);
   }
+  // kModified: the slope of alibi and the token of each row of a tile, for all tiles that see these keys.
+  YOCO_DEVICE void put_row_scores(const AttentionBackwardParams& p, const KeyTile& keys) const {
+    const int r = int(threadIdx.x) - kWarpgroup, group = int(p.heads_q / p.heads_kv);
+    named_sync(kConsumerBarrier, Config::kConsumers);  // nobody needs the last ones
+    if (r < Config::kRows) {
+      const bool biased = !keys.latents && r < Config::kRows / group * group;
+      store_shared(
+          shared + Shared::kBias + r * 8,
+          RowScore{biased ? alibi_log2(p, keys.sequence, keys.head * group + r % group) : 0.f, float(r / group)});
+    }
+    named_sync(kConsumerBarrier, Config::kConsumers);
+  }
+  // The key on the diagonal of this slot's first row.
+  YOCO_DEVICE int diagonal() const { return load_shared_int(shared + Shared::kDiagonal + slot * 4); }
   // All walks over rows that the piece of work `index` has, keys from `first` on: step(header, first tile of a walk?)
   // per tile, last() behind the last tile of a walk.
   template <typename Step, typename Last>
   YOCO_DEVICE void walk(const AttentionBackwardParams& p, const BackwardPlan& plan, int index, int first, int4 header,
                         Step step, Last last) {
+    if constexpr (Config::kModified) put_row_scores(p, key_tile(p, plan, Config::kKeys, index));
     for (;;) {
       if ((header.y & kEndOfWalk) == 0) {
         mbarrier_wait(shared + Shared::kKeysFull, keys_parity);
@@ -244,6 +281,68 @@ YOCO_DEVICE void exponentiate(float (&s)[N], uint32_t table, float multiplier) {
       s[4 * i + j] = exp2_approx(fmaf(s[4 * i + j], multiplier, -(j % 2 == 0 ? lse.x : lse.y)));
     }
   }
+}
+// kModified: scores of the keys `key` and key + 8 behind the diagonal -> operand P of dV, and `weights`, which stand
+// for P in dS: times the derivative of the softcap. Both rounded at once, there are no registers for P in two
+// precisions; not masked.
+template <typename Config, bool kSoftcap>
+YOCO_DEVICE void exponentiate_modified(const ScoreParams& score, const float (&s)[Config::kRows / 2],
+                                       uint32_t (&operand)[Config::kRows / 16][4],
+                                       uint32_t (&weights)[Config::kRows / 16][4], uint32_t shared, uint32_t slot,
+                                       int key) {
+  using Shared = BackwardShared<Config>;
+  using T = typename Config::Element;
+  const uint32_t lse_at = shared + Shared::kLse + slot * (Config::kRows * 4) + threadIdx.x % 4 * 8;
+  const uint32_t bias_at = shared + Shared::kBias + threadIdx.x % 4 * 16;
+#pragma unroll
+  for (int i = 0; i < Config::kRows / 8; ++i) {
+    const float2 lse = load_shared_float2(lse_at + i * 32);
+    const float4 rows = load_shared_float4(bias_at + i * 64);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float p[2], w[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float x = s[4 * i + 2 * h + c];
+        const CappedScore capped = kSoftcap ? softcap(score, x) : CappedScore{x * score.scale_log2, 1.f};
+        const RowScore row = c == 0 ? RowScore{rows.x, rows.y} : RowScore{rows.z, rows.w};
+        p[c] = biased_probability(row, key + 8 * h, capped.score, c == 0 ? lse.x : lse.y);
+        w[c] = p[c] * capped.slope;
+      }
+      operand[i / 2][i % 2 * 2 + h] = pack2<T>(p[0], p[1]);
+      weights[i / 2][i % 2 * 2 + h] = pack2<T>(w[0], w[1]);
+    }
+  }
+}
+template <typename Config>
+YOCO_DEVICE void exponentiate_modified(const ScoreParams& score, const float (&s)[Config::kRows / 2],
+                                       uint32_t (&operand)[Config::kRows / 16][4],
+                                       uint32_t (&weights)[Config::kRows / 16][4], uint32_t shared, uint32_t slot,
+                                       int key) {
+  if (score.cap_out > 0.f) {
+    exponentiate_modified<Config, true>(score, s, operand, weights, shared, slot, key);
+  } else {
+    exponentiate_modified<Config, false>(score, s, operand, weights, shared, slot, key);
+  }
+}
+// mask_scores of rounded ones.
+template <typename Config>
+YOCO_DEVICE void mask_operand(uint32_t (&d)[Config::kRows / 16][4], uint32_t shared, uint32_t slot, int key) {
+  const uint32_t seen_at = shared + BackwardShared<Config>::kSeen + slot * (Config::kRows * 8) + threadIdx.x % 4 * 16;
+#pragma unroll
+  for (int i = 0; i < Config::kRows / 8; ++i) {
+    const int4 seen = load_shared_int4(seen_at + i * 64);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      d[i / 2][i % 2 * 2 + h] &= (sees(make_int2(seen.x, seen.y), key + 8 * h) ? 0xffffu : 0u) |
+                                 (sees(make_int2(seen.z, seen.w), key + 8 * h) ? 0xffff0000u : 0u);
+    }
+  }
+}
+// Element i of an operand, in the order of the accumulators that were rounded to it.
+template <typename T, int N>
+YOCO_DEVICE float operand_element(const uint32_t (&a)[N][4], int i) {
+  return to_float(reinterpret_cast<const T(&)[2]>(a[i / 8][i % 8 / 2])[i % 2]);
 }
 // dP -> dS. table: delta of the slot's rows; probability(i): P of element i.
 template <int N, typename Probability>

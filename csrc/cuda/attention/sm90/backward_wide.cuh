@@ -7,6 +7,7 @@
 //   dV += P^T dO                                  dK += dS^T Q
 //   dQ = dS K, columns 0 .. 127  <- by shared --  dQ = dS K, columns 128 .. 255
 //
+// (With a softcap P times its derivative goes over.)
 // Every product with a sum over rows has its left operand in registers, no score is computed twice, and the
 // exponentials of one warpgroup meet the products of the other. A warp of the second writes its 16 keys of dS over the
 // P that it read. dQ runs one tile late as in backward.cuh; there are 64 KB of it per tile, which go to memory from
@@ -67,27 +68,36 @@ YOCO_DEVICE void consume_wide(const AttentionBackwardParams& p, const BackwardPl
       if constexpr (kValues) {
         wgmma_wait<0>();
         pin_registers(s);
-        exponentiate(s, shared + Shared::kLse + row_floats, multiplier);
-        if (!full) mask_scores<Config>(s, shared, slots.slot, first + own_key);
-        pack_operand<T>(operand, s);
+        uint32_t weights[kS / 8][4];  // of dS: P, or what stands for it
+        if constexpr (Config::kModified) {
+          exponentiate_modified<Config>(plan.score, s, operand, weights, shared, slots.slot,
+                                        first + own_key - slots.diagonal());
+          if (!full) mask_operand<Config>(operand, shared, slots.slot, first + own_key);
+        } else {
+          exponentiate(s, shared + Shared::kLse + row_floats, multiplier);
+          if (!full) mask_scores<Config>(s, shared, slots.slot, first + own_key);
+          pack_operand<T>(operand, s);
+          pack_operand<T>(weights, s);
+        }
         late.wait_empty();
 #pragma unroll
         for (int k = 0; k < kS / 8; ++k) {
           store_shared(exchange + p_lane + k * 512,
-                       make_int4(int(operand[k][0]), int(operand[k][1]), int(operand[k][2]), int(operand[k][3])));
+                       make_int4(int(weights[k][0]), int(weights[k][1]), int(weights[k][2]), int(weights[k][3])));
         }
         __syncwarp();
         if (lane == 0) mbarrier_arrive(shared + Shared::kPFull + 8 * late.at.slot);
       } else {
         mbarrier_wait(shared + Shared::kPFull + 8 * late.at.slot, late.at.parity);
-        int4 probabilities[kS / 8];
+        uint32_t weights[kS / 8][4];
 #pragma unroll
-        for (int k = 0; k < kS / 8; ++k) probabilities[k] = load_shared_int4(exchange + p_lane + k * 512);
+        for (int k = 0; k < kS / 8; ++k) {
+          const int4 v = load_shared_int4(exchange + p_lane + k * 512);
+          weights[k][0] = v.x, weights[k][1] = v.y, weights[k][2] = v.z, weights[k][3] = v.w;
+        }
         wgmma_wait<0>();
         pin_registers(s);
-        // pack_operand keeps the order of the elements.
-        score_gradients(s, shared + Shared::kDelta + row_floats,
-                        [&](int i) { return to_float(reinterpret_cast<const T(&)[kS]>(probabilities)[i]); });
+        score_gradients(s, shared + Shared::kDelta + row_floats, [&](int i) { return operand_element<T>(weights, i); });
         if (!full) mask_scores<Config>(s, shared, slots.slot, first + own_key);
         pack_operand<T>(operand, s);
       }
