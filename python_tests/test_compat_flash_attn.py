@@ -57,6 +57,22 @@ def test_varlen_is_each_sequence_alone():
         torch.testing.assert_close(out[rows].double(), alone, atol=2e-6, rtol=1e-5)
 
 
+def test_kvcache_rotates_alike_for_every_spelling_of_no_window_and_takes_parameters():
+    """Without a mask all query tokens stand at one position. flash_attn gives no gradients here and does not mind
+    tensors that want some."""
+    q, k, v = inputs(2, 3, 3, 4, 2, 32, grad=True)
+    k_cache, v_cache = (torch.randn(2, 20, 2, 32) for _ in range(2))
+    angles = torch.arange(30)[:, None] * 10_000.0 ** -torch.linspace(0, 1, 16)
+    options = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    options["cache_seqlens"] = torch.tensor([9, 4], dtype=torch.int32)
+    found = [
+        fa.flash_attn_with_kvcache(q, k_cache.clone(), v_cache.clone(), k, v, window_size=window, **options)
+        for window in ((-1, -1), [-1, -1], (None, None))
+    ]
+    assert not found[0].requires_grad
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("paged", [False, True])
 def test_kvcache_appends_rotates_and_attends(paged):
     batch, time, used = 2, 3, [5, 9]

@@ -195,6 +195,7 @@ def flash_attn_varlen_func(
     return (found[0][0], found[1][0]) if return_lse else found[0]
 
 
+@torch.no_grad()
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -231,8 +232,9 @@ def flash_attn_with_kvcache(
     q [B, Tq, Hq, D]; caches [B, S, Hkv, D], or [pages, page_size, Hkv, D] with block_table int32 [B, max_pages];
     cache_seqlens: tokens in the cache before this call, int or int32 [B]; cache_batch_idx [B]: the cache's row of each
     sequence; page_table is another name of block_table; k_descale, v_descale [Hkv] of a quantised cache. More than 16
-    query tokens go through the prefill kernel, which wants a contiguous unquantised cache.
+    query tokens go through the prefill kernel, which wants a contiguous unquantised cache. No gradients, as there.
     """
+    window = _window(window_size)
     _common(0.0, qv=qv, q_descale=q_descale, attention_chunk=attention_chunk)
     block_table = page_table if block_table is None else block_table
     if cache_leftpad is not None:
@@ -254,7 +256,7 @@ def flash_attn_with_kvcache(
             _refuse("rotary_cos", "a tensor", "rotary needs the new k and v")
         tables = {"cos": rotary_cos.contiguous(), "sin": rotary_sin.contiguous(), "interleaved": rotary_interleaved}
         k = yoco_ext.rotary(k, offsets=used, **tables)
-        if causal or window_size != (-1, -1):
+        if causal or window != (-1, -1):
             q = yoco_ext.rotary(q, offsets=used, **tables)
         else:  # without a mask every query token stands at the first new position
             flat = yoco_ext.rotary(q.reshape(batch, 1, time * q.shape[2], q.shape[3]), offsets=used, **tables)
@@ -267,7 +269,7 @@ def flash_attn_with_kvcache(
     shared: dict[str, Any] = {
         "scale": softmax_scale,
         "causal": causal,
-        "window": _window(window_size),
+        "window": window,
         "softcap": softcap,
         "sinks": None if s_aux is None else s_aux.float(),
         "alibi_slopes": _slopes(alibi_slopes),
