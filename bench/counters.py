@@ -86,6 +86,20 @@ def retention(dim: int, time: int = 2048, rotary: bool = False) -> Iterator[Coun
     )
 
 
+def gated(dim: int, time: int = 2048) -> Iterator[Counted]:
+    """The forward that ends with the norm and the output gate: for a backward, which wants o, and without."""
+    q, k, v, gate = (randn(1, time, 1, dim) for _ in range(4))
+    g = torch.nn.functional.logsigmoid(torch.randn(1, time, 1)) / 16
+    inputs = (q, k, v, g, None, None, dim**-0.5, False, 0.0, None, None, False, gate, 1e-5)
+    for name, keep_o in (("", False), (", o kept", True)):
+        yield Counted(
+            f"retention forward, T {time}, D {dim}, output gate{name}",
+            time * (4 * dim * dim + 65 * 2 * dim),
+            (6 if keep_o else 5) * size(q) + size(g),
+            lambda keep_o=keep_o: torch.ops.yoco_ext.gated_retention(*inputs, keep_o),
+        )
+
+
 def step(tokens: int) -> Iterator[Counted]:
     q, k, v = (randn(1, tokens, 8, 128) for _ in range(3))
     g, state = -torch.rand(1, tokens, 8), torch.zeros(1, 8, 128, 128)
@@ -168,6 +182,8 @@ def cases() -> Iterator[Counted]:
         yield from retention(dim)
     for dim in (128, 256):
         yield from retention(dim, rotary=True)
+    for dim in (64, 128):
+        yield from gated(dim)
     for tokens in (1, 16):
         yield from step(tokens)
     for dim, heads in ((64, (8, 4)), (128, (24, 8)), (256, (8, 4))):

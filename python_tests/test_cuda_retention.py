@@ -4,6 +4,7 @@ aligned, asynchronous copies. The rule of numerics for everything else: test_gat
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import bitwise_equal, guarded, lengths_to_cu_seqlens, rms
 from test_gated_retention import check, make, run
+from test_retention_output_fused import check as check_gated
+from test_retention_output_fused import make_gated
+from test_retention_output_fused import run as run_gated
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCE = """
@@ -38,6 +42,7 @@ long long instance(long long dim_k, long long dim_v, long long rows, long long s
   const RetentionInstance i = retention_instance(dim_k, dim_v, rows, sms);
   return i.dim_k * 1000 + i.block_v;
 }
+int fuses(int dim_k, int block_v, long long dim_v) { return norm_fuses({dim_k, block_v}, dim_v); }
 }
 """
 
@@ -57,6 +62,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     for name, count in (("segments", 3), ("segments_of_sequence", 2), ("anchor", 3), ("slot", 4), ("instance", 4)):
         getattr(library, name).restype = integer
         getattr(library, name).argtypes = [integer] * count + ([ctypes.c_int] if name == "slot" else [])
+    library.fuses.argtypes = [ctypes.c_int, ctypes.c_int, integer]
     library.chunks.restype = None
     library.chunks.argtypes = [integer] * 3 + [ctypes.POINTER(integer)]
     return library
@@ -108,6 +114,13 @@ def test_instances(plan: ctypes.CDLL) -> None:
                 assert dim_k <= instance and instance in (64, 128, 256) and block in (64, 128)
     assert plan.instance(128, 128, 66, 132) == 128064, "two blocks per head still fit the SMs"
     assert plan.instance(128, 128, 67, 132) == 128128, "one block covers D = 128: q, k, v are read once"
+
+
+def test_which_instances_end_with_the_norm(plan: ctypes.CDLL) -> None:
+    """Only where one block sees all columns of v, which the norm sums over."""
+    assert plan.fuses(64, 64, 64) and plan.fuses(64, 64, 8) and plan.fuses(128, 128, 128)
+    assert not plan.fuses(64, 64, 72) and not plan.fuses(128, 128, 136)
+    assert not plan.fuses(128, 64, 64) and not plan.fuses(256, 128, 128)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -188,3 +201,54 @@ def test_asynchronous_copies(
         monkeypatch.setenv("PTXSIM_SEED", seed)
     for a, b in zip(want, everything(), strict=True):
         assert bitwise_equal(a, b)
+
+
+# ---- the norm and the output gate at the end ------------------------------------------------------------------------
+# One sequence that is cut off, one longer than any ring of tiles, most of them empty: more heads than half the SMs, so
+# that one block covers D = 128.
+GATED_LENGTHS = [70, *[0] * 65, 200, 2]
+
+
+@pytest.mark.backends("emulated", "cuda")
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize(("dim_k", "dim_v"), [(128, 128), (72, 120), (64, 64), (24, 40)])
+def test_norm_and_gate_in_the_kernel(backend: Any, dim_k: int, dim_v: int, rotary: bool) -> None:
+    """The rule of numerics; and y is the same whether o is kept (for a backward) or not."""
+    time = sum(GATED_LENGTHS) + 3
+    options: dict[str, Any] = {"cu_seqlens": lengths_to_cu_seqlens(GATED_LENGTHS, backend.device)}
+    if rotary:
+        options["inv_freq"] = 10_000.0 ** -torch.linspace(0, 1, dim_k // 2, device=backend.device)
+    tensors = make_gated(1, time, 1, dim_k, dim_v, torch.bfloat16, device=backend.device, sequences=len(GATED_LENGTHS))
+    y, state = check_gated(backend, tensors, length=200, **options)
+    assert not y[:, -3:].any(), "rows after the last sequence are zero"
+    without = run_gated(backend, tensors, **options)  # nothing wants a gradient: o is not stored
+    assert bitwise_equal(y.detach(), without[0]) and bitwise_equal(state.detach(), without[1])
+
+
+@pytest.mark.backends("emulated")
+@pytest.mark.parametrize(
+    ("shape", "launches"),
+    [((1, 70, 2, 64, 64), 1), ((1, 70, 67, 72, 72), 1), ((1, 2050, 1, 16, 16), 2), ((1, 70, 1, 128, 128), 2)],
+    ids=["64", "128", "segments", "two-blocks"],
+)
+def test_launches_with_norm_and_gate(
+    backend: Any, shape: tuple[int, ...], launches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kernel does it all. Two segments have a pass for their states before it; where two blocks share the columns
+    of a head, the norm is a kernel of its own behind it."""
+    tensors = make_gated(*shape, torch.bfloat16)
+    monkeypatch.setenv("PTXSIM_STATS", str(tmp_path / "launches"))
+    run_gated(backend, tensors)
+    kernels = [json.loads(line)["kernel"] for line in (tmp_path / "launches").read_text().splitlines()]
+    assert len(kernels) == launches, kernels
+    assert any("output" in name for name in kernels) == (shape[-1] == 128)
+
+
+@pytest.mark.backends("emulated", "cuda")
+def test_segments_with_norm_and_gate(backend: Any) -> None:
+    """Three segments; and the states of packed ones."""
+    options = {"device": backend.device, "gate_dtype": torch.float32}
+    check_gated(backend, make_gated(1, 3100, 1, 16, 24, torch.bfloat16, **options), length=3100)
+    lengths = [5, 2050, 0, 70]
+    tensors = make_gated(1, sum(lengths) + 3, 1, 16, 16, torch.bfloat16, sequences=4, **options)
+    check_gated(backend, tensors, length=2050, cu_seqlens=lengths_to_cu_seqlens(lengths, backend.device))

@@ -211,6 +211,30 @@ for name, dtype in DTYPES.items():
     add_gate_behind(name, dtype, 256 if dtype in LOW.values() else 40)
 
 
+def add_gated_retention(name: str, dtype: torch.dtype, dim: int, rotary: bool) -> None:
+    """With the norm and the output gate in the kernel; o kept and not."""
+
+    @case(f"retention {name} {dim} {dim} output gate{' rotary' * rotary}")
+    def make(backend: Any) -> Case:
+        lengths = [100, *[0] * 65, 200]
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        q, k, v, gate = (randn(dtype, 1, sum(lengths), 1, dim) for _ in range(4))
+        g = torch.nn.functional.logsigmoid(torch.randn(1, sum(lengths), 1)) / 4
+        options = {"cu_seqlens": bounds, **(rotation(dim, dtype) if rotary else {})}
+
+        def retention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, gate: Tensor) -> Tensor:
+            return backend.ops.gated_retention(q, k, v, g, output_gate=gate, **options)
+
+        kept = with_gradients(retention, q, k, v, g, gate)
+        return together(kept, lambda: [retention(q, k, v, g, gate)])
+
+
+for name, dtype in LOW.items():
+    for dim in (64, 128):
+        for rotary in (False, True):
+            add_gated_retention(name, dtype, dim, rotary)
+
+
 @case("retention bf16 128 128 140 rotary interleaved")
 def _(backend: Any) -> Case:
     """Neighbours keep to 64 columns a block."""

@@ -37,14 +37,17 @@ inline int64_t run_blocks(const RetentionGrid& p) {
 
 // Rows behind the last packed sequence become zeros.
 template <typename T, int kThreads>
-YOCO_DEVICE void zero_tail(const RetentionGrid& p, const RunItem& item) {
-  const View& view = p.runs[item.run].o;
+YOCO_DEVICE void zero_tail(const RetentionGrid& p, const RunItem& item, const View& view) {
   if (view.data == nullptr || item.segment != 0) return;
   const int64_t end = p.num_sequences == 0 ? 0 : clamp_index(p.cu_seqlens[p.num_sequences], 0, p.time);
   T* o = static_cast<T*>(view.data) + item.head * view.head_stride + item.column;
   for (int64_t i = threadIdx.x; i < (p.time - end) * item.columns; i += kThreads) {
     o[(end + i / item.columns) * view.time_stride + i % item.columns] = from_float<T>(0.f);
   }
+}
+template <typename T, int kThreads>
+YOCO_DEVICE void zero_tail(const RetentionGrid& p, const RunItem& item) {
+  zero_tail<T, kThreads>(p, item, p.runs[item.run].o);
 }
 
 }  // namespace yoco::cuda

@@ -70,4 +70,11 @@ YOCO_HOST_DEVICE RetentionInstance retention_instance(int64_t dim_k, int64_t dim
   return {128, rows * ((dim_v + 127) / 128) * 2 <= sms ? 64 : 128};
 }
 
+// Which instances have a form that ends with the norm and the output gate: a block must hold all columns of v, since
+// the norm sums over them. Of the rest, dim_k > 128 has no shared memory left for the gate, and 64 columns of v under
+// 128 of k are too rare for kernels of their own.
+YOCO_HOST_DEVICE constexpr bool norm_fuses(const RetentionInstance& i, int64_t dim_v) {
+  return dim_v <= i.block_v && i.dim_k == i.block_v;
+}
+
 }  // namespace yoco::cuda

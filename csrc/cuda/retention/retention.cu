@@ -207,7 +207,9 @@ const char* launch_runs(RetentionGrid& grid, const Plan& plan, DType dtype, char
   const int64_t size = block_state_size(plan.instance), items = grid.num_sequences * grid.heads * plan.blocks_v;
   for (int r = 0; r < grid.num_runs; ++r) {
     RetentionRun& run = grid.runs[r];
-    for (const View* v : {&run.q, &run.k, &run.v, &run.o, &run.x}) grid.vectors &= aligned(*v, 2, 16);
+    for (const View* v : {&run.q, &run.k, &run.v, &run.o, &run.x, &grid.output_gate, &grid.y}) {
+      grid.vectors &= aligned(*v, 2, 16);
+    }
     if (plan.segments == 1) continue;
     run.segment_states = reinterpret_cast<float*>(segments + r * plan.segment_bytes);
     run.segment_decays = run.segment_states + items * (plan.segments - 1) * size;
@@ -323,10 +325,12 @@ const char* retention_forward(const RetentionParams& p, const Launch& launch) {
   RetentionRun& run = grid.runs[0];
   run = forward_run(p);
   const bool gated = p.output_gate.data != nullptr;
-  if (gated && p.o.data == nullptr) run.o = p.y;
+  const bool fused = gated && !plan.simple && norm_fuses(plan.instance, p.dim_v);
+  if (fused) grid.output_gate = p.output_gate, grid.y = p.y, grid.norm_eps = static_cast<float>(p.norm_eps);
+  if (gated && !fused && p.o.data == nullptr) run.o = p.y;
   const bool hopper = takes_hopper(grid, plan, launch);
   const char* message = launch_runs<false>(grid, plan, p.dtype, static_cast<char*>(p.workspace), hopper, launch);
-  return message == nullptr && gated ? finish_with_gate(p, run.o, launch) : message;
+  return message == nullptr && gated && !fused ? finish_with_gate(p, run.o, launch) : message;
 }
 
 size_t retention_backward_workspace(const RetentionBackwardParams& p, const Launch& launch) {

@@ -30,7 +30,7 @@ struct PairOrder {
 // What goes through a run. dim_k and dim_v are those of this run: dq's dim_k is the forward's dim_v.
 struct RetentionRun {
   View q, k;  // [batch, time, heads, dim_k]
-  View v, o;  // [batch, time, heads, dim_v]; o null: only the state is wanted
+  View v, o;  // [batch, time, heads, dim_v]; o null: not wanted
   View x;     // [batch, time, heads, dim_v]: o is dotted with it for the gate gradient; or null
   int32_t dim_k, dim_v;
   float row_scale;  // o = row_scale * decayed q S + score_scale * (scores) V
@@ -64,6 +64,10 @@ struct RetentionGrid {
   int32_t group_chunks;        // chunks from one exact <state, gradient> to the next
   RotaryOnLoad rotary;
   PairOrder order;  // of the turned columns
+  // The layer's end, in a forward whose blocks have all columns of v (plan.h), or null:
+  // y = o / sqrt(mean(o^2) + norm_eps) * silu(output_gate).
+  View output_gate, y;  // [batch, time, heads, dim_v]
+  float norm_eps;
   RetentionRun runs[2];
 };
 

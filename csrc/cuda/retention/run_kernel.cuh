@@ -7,11 +7,12 @@
 //   O = row factors * (Q S) + P V      each warp its 16 columns
 //   S = total * S + (update factors * V)^T K
 // while cp.async brings the next chunk. kBackward adds what the gate gradient needs, kRotary turns tiles in shared
-// memory between their arrival and their use.
+// memory between their arrival and their use, kOutputGate ends with the norm over the columns and the output gate.
 #pragma once
 
 #include <type_traits>
 
+#include "cuda/core/activation.cuh"
 #include "cuda/core/launch.h"
 #include "cuda/core/reduce.cuh"
 #include "cuda/retention/item.cuh"
@@ -19,19 +20,21 @@
 
 namespace yoco::cuda {
 
-template <int kDimK, int kBlockV, bool kBackward, bool kRotary>
+template <int kDimK, int kBlockV, bool kBackward, bool kRotary, bool kOutputGate>
 struct RunShape {
   static constexpr int kWarps = kBlockV / 16, kThreads = kWarps * 32;
+  // Where shared memory has room for two blocks with an output gate: for three ptxas would spill. 0: its own choice.
+  static constexpr int kBlocksPerSM = kOutputGate && kDimK == 64 ? 2 : 0;
   // Q is free after half of a chunk's work: with dim_k = 256 its next chunk waits for that, so that all fits 163 KB.
   static constexpr int kStagesQ = kDimK <= 128 ? 2 : 1;
   static constexpr int kTileK = kDimK / 64 * kPanelBytes, kTileV = kBlockV / 64 * kPanelBytes;
-  // Shared memory: Q, K, V stages, X (needed late in a chunk, one stage), P, then the small arrays.
+  // Shared memory: Q, K, V stages, X or the output gate (needed late in a chunk, one stage), P, then the small arrays.
   static constexpr int kK = kStagesQ * kTileK, kV = kK + 2 * kTileK, kX = kV + 2 * kTileV;
-  static constexpr int kP = kX + (kBackward ? kTileV : 0);
+  static constexpr int kP = kX + (kBackward || kOutputGate ? kTileV : 0);
   static constexpr int kGates = kP + kPanelBytes;
   static constexpr int kDots = kGates + 2 * static_cast<int>(sizeof(ChunkGates));
   // Per pair of columns: turns per position, and the angles of two chunks.
-  static constexpr int kTurns = kDots + (kBackward ? kWarps * kChunk * 4 : 0);
+  static constexpr int kTurns = kDots + (kBackward ? 1 : kOutputGate ? 2 : 0) * kWarps * kChunk * 4;
   static constexpr int kAngles = kTurns + kDimK / 2 * 8;
   static constexpr int kAngleSlots = angle_slot(kDimK / 2);
   static constexpr int kBytes = (kRotary ? kAngles + 2 * kAngleSlots * 8 : kTurns) + 128;  // + alignment
@@ -41,21 +44,24 @@ struct RunShape {
 YOCO_DEVICE int score_row(int k) { return k < 4 ? 3 : k < 7 ? 2 : k < 9 ? 1 : 0; }
 YOCO_DEVICE int score_col(int k) { return k < 4 ? k : k < 7 ? k - 4 : k < 9 ? k - 7 : 0; }
 
-template <typename T, int kDimK, int kBlockV, bool kBackward, bool kRotary>
-__global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::kThreads)
+template <typename T, int kDimK, int kBlockV, bool kBackward, bool kRotary, bool kOutputGate>
+__global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary, kOutputGate>::kThreads,
+                                  RunShape<kDimK, kBlockV, kBackward, kRotary, kOutputGate>::kBlocksPerSM)
     retention_run_kernel(const __grid_constant__ RetentionGrid p) {
-  using Shape = RunShape<kDimK, kBlockV, kBackward, kRotary>;
+  using Shape = RunShape<kDimK, kBlockV, kBackward, kRotary, kOutputGate>;
   constexpr int kThreads = Shape::kThreads, kWarps = Shape::kWarps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
 
   // ---- which work
-  const RunItem item = run_item(p, kBlockV);
+  RunItem item = run_item(p, kBlockV);
+  if constexpr (kOutputGate) item.run = 0;  // known to the compiler: parameters at fixed places
   const RetentionRun& run = p.runs[item.run];
   const int64_t head = item.head, n = item.n;
   const int block_v = item.block_v, column = item.column, columns = item.columns, segment = item.segment;
   if (columns <= 0) return;
   if (n == p.num_sequences) {
     zero_tail<T, kThreads>(p, item);
+    if constexpr (kOutputGate) zero_tail<T, kThreads>(p, item, p.y);
     return;
   }
   const RetentionSequence seq = retention_sequence(p, n);
@@ -69,7 +75,8 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::
   const uint32_t shared = (shared_address(shared_raw) + 127) / 128 * 128;
   uint8_t* const shared_bytes = shared_raw + (shared - shared_address(shared_raw));
   ChunkGates* const gates = reinterpret_cast<ChunkGates*>(shared_bytes + Shape::kGates);
-  float* const dots = reinterpret_cast<float*>(shared_bytes + Shape::kDots);  // [kWarps][kChunk]
+  // [kWarps][kChunk] sums over a warp's columns: X . O, or O . O and then, in the same form, the norm's factors.
+  float* const dots = reinterpret_cast<float*>(shared_bytes + Shape::kDots);
 
   // ---- rows of a chunk
   const auto chunk_of = [&](int64_t i) { return reverse ? num_chunks - 1 - i : i; };
@@ -241,6 +248,10 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::
       }
       cp_async_commit();
     }
+    if constexpr (kOutputGate) {
+      load_tile<kBlockV, kThreads>(tile_x, rows(p.output_gate, c, 0), columns, vectors);
+      cp_async_commit();
+    }
     if (i + 1 < range.end) {
       if constexpr (Shape::kStagesQ == 2) load_q(chunk_of(i + 1), stage ^ 1);
       load_kv(chunk_of(i + 1), stage ^ 1);
@@ -398,51 +409,96 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::
         }
       }
 
-      // ---- O to global memory, through this warp's columns of V (which it alone reads, and has in registers)
-      __syncwarp();
+      // ---- the norm: sums of squares over the columns of a warp, then of all
+      [[maybe_unused]] float* const factors = dots + (kWarps + warp) * kChunk;  // of this warp, all tokens
+      if constexpr (kOutputGate) {
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
+        for (int m = 0; m < 4; ++m) {
 #pragma unroll
           for (int e = 0; e < 4; e += 2) {
-            store_shared(tile_v + tile_offset(m * 16 + lane_row + e * 4, warp * 16 + j * 8 + lane_col),
-                         pack2<T>(o[m][j][e], o[m][j][e + 1]));
+            const float low = o[m][0][e] * o[m][0][e] + o[m][0][e + 1] * o[m][0][e + 1];
+            const float sum = group_sum<4>(low + o[m][1][e] * o[m][1][e] + o[m][1][e + 1] * o[m][1][e + 1]);
+            if (lane % 4 == 0) dots[warp * kChunk + m * 16 + lane_row + e * 4] = sum;
           }
         }
+        cp_async_wait<1>();  // the output gate
+        __syncthreads();
+        float2 sum = make_float2(0.f, 0.f);  // of two tokens
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          const float2 part = *reinterpret_cast<const float2*>(&dots[w * kChunk + lane * 2]);
+          sum.x += part.x, sum.y += part.y;
+        }
+        const float scale = __fdividef(1.f, static_cast<float>(columns));
+        *reinterpret_cast<float2*>(&factors[lane * 2]) =
+            make_float2(rsqrtf(sum.x * scale + p.norm_eps), rsqrtf(sum.y * scale + p.norm_eps));
       }
+
+      // ---- O to global memory, through this warp's columns of V (which it alone reads, and has in registers)
+      const auto element = [&](uint32_t tile, int m, int j, int e) {  // where o[m][j][e] and its neighbour go
+        return tile + tile_offset(m * 16 + lane_row + e * 4, warp * 16 + j * 8 + lane_col);
+      };
+      const auto for_pairs = [&](auto&& f) {
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) f(m, j, e);
+          }
+        }
+      };
+      const auto store_rows = [&](uint32_t tile, const View& view) {
+        const ChunkRows<T> to = rows(view, c, column);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          // Eight lanes read rows 0, 2, 4, 6 (or 1, 3, 5, 7): eight different banks.
+          int row = m * 16 + lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8, col = warp * 16 + lane % 2 * 8;
+          if constexpr (kRotary && kBackward) {
+            // Where the pieces of two halves alternate, neighbours of the tensor are two pieces apart: columns of two
+            // warps, rows 0, 1, 4, 5 (or 2, 3, 6, 7).
+            if (run.rotate_v && p.order.shift > 0) {
+              row = m * 16 + lane / 2 % 2 + lane / 4 % 2 * 4 + lane / 8 % 2 * 2 + lane / 16 * 8;
+              col = warp / 2 * 32 + warp % 2 * 8 + lane % 2 * 16;
+            }
+          }
+          if (row < to.rows && col < columns) {
+            const uint4 value = load_shared_16(tile + tile_offset(row, col));
+            T* at = to.first + row * to.stride;
+            if (vectors) {
+              *reinterpret_cast<uint4*>(at + place_v(col)) = value;
+            } else {
+              const Vec<T, 8>& e = *reinterpret_cast<const Vec<T, 8>*>(&value);
+#pragma unroll
+              for (int j = 0; j < 8; ++j) at[place_v(col + j)] = e[j];
+            }
+          }
+        }
+      };
       __syncwarp();
-      if constexpr (kRotary && kBackward) {
-        if (run.rotate_v) {
-          __syncthreads();
-          turn_v(tile_v, stage, -1.f);
-          __syncthreads();
-        }
-      }
-      const ChunkRows<T> to = rows(run.o, c, column);
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        // Eight lanes read rows 0, 2, 4, 6 (or 1, 3, 5, 7): eight different banks.
-        int row = m * 16 + lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8, col = warp * 16 + lane % 2 * 8;
+      if (!kOutputGate || run.o.data != nullptr) {
+        for_pairs(
+            [&](int m, int j, int e) { store_shared(element(tile_v, m, j, e), pack2<T>(o[m][j][e], o[m][j][e + 1])); });
+        __syncwarp();
         if constexpr (kRotary && kBackward) {
-          // Where the pieces of two halves alternate, neighbours of the tensor are two pieces apart: columns of two
-          // warps, rows 0, 1, 4, 5 (or 2, 3, 6, 7).
-          if (run.rotate_v && p.order.shift > 0) {
-            row = m * 16 + lane / 2 % 2 + lane / 4 % 2 * 4 + lane / 8 % 2 * 2 + lane / 16 * 8;
-            col = warp / 2 * 32 + warp % 2 * 8 + lane % 2 * 16;
+          if (run.rotate_v) {
+            __syncthreads();
+            turn_v(tile_v, stage, -1.f);
+            __syncthreads();
           }
         }
-        if (row < to.rows && col < columns) {
-          const uint4 value = load_shared_16(tile_v + tile_offset(row, col));
-          T* at = to.first + row * to.stride;
-          if (vectors) {
-            *reinterpret_cast<uint4*>(at + place_v(col)) = value;
-          } else {
-            const Vec<T, 8>& e = *reinterpret_cast<const Vec<T, 8>*>(&value);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) at[place_v(col + j)] = e[j];
-          }
-        }
+        store_rows(tile_v, run.o);
+      }
+      if constexpr (kOutputGate) {  // y takes the gate's place, element by element
+        for_pairs([&](int m, int j, int e) {
+          const uint32_t at = element(tile_x, m, j, e);
+          const float2 g = unpack2<T>(load_shared(at));
+          const float f = factors[m * 16 + lane_row + e * 4];
+          store_shared(
+              at, pack2<T>(o[m][j][e] * (f * (g.x * sigmoid<T>(g.x))), o[m][j][e + 1] * (f * (g.y * sigmoid<T>(g.y)))));
+        });
+        __syncwarp();
+        store_rows(tile_x, p.y);
       }
     } else {
 #pragma unroll
@@ -507,10 +563,16 @@ template <typename T, int kDimK, int kBlockV, bool kBackward>
 const char* launch_retention(const RetentionGrid& p, const Launch& launch) {
   const int64_t blocks = run_blocks(p);
   if (blocks > INT32_MAX) return "gated_retention: more than 2^31 blocks";
-  const auto run = [&](auto rotary) {
-    using Shape = RunShape<kDimK, kBlockV, kBackward, rotary>;
-    return launch_kernel(retention_run_kernel<T, kDimK, kBlockV, kBackward, rotary>,
+  const auto launch_as = [&](auto rotary, auto output_gate) {
+    using Shape = RunShape<kDimK, kBlockV, kBackward, rotary, output_gate>;
+    return launch_kernel(retention_run_kernel<T, kDimK, kBlockV, kBackward, rotary, output_gate>,
                          dim3(static_cast<unsigned>(blocks)), Shape::kThreads, Shape::kBytes, launch, p);
+  };
+  const auto run = [&](auto rotary) {
+    if constexpr (!kBackward && norm_fuses({kDimK, kBlockV}, 0)) {
+      if (p.output_gate.data != nullptr && !p.states_only) return launch_as(rotary, std::true_type{});
+    }
+    return launch_as(rotary, std::false_type{});
   };
   return p.rotary.inv_freq != nullptr ? run(std::true_type{}) : run(std::false_type{});
 }

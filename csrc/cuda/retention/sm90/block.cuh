@@ -10,9 +10,9 @@
 
 namespace yoco::cuda::sm90 {
 
-template <int kDimK, int kBlockV, bool kBackward, bool kTurned>
+template <int kDimK, int kBlockV, bool kBackward, bool kTurned, bool kNormed>
 struct RunShape {
-  static constexpr bool kRotary = kTurned;
+  static constexpr bool kRotary = kTurned, kOutputGate = kNormed;
   static constexpr int kGroups = kBlockV / 64;  // warpgroups that hold the state, 64 columns of v each
   static constexpr int kThreads = (2 + kGroups) * kWarpgroup;
   // dim_k = 64 leaves room for two blocks on an SM; the others fill it with stages.
@@ -25,33 +25,53 @@ struct RunShape {
   // scores and the first product of the state groups are done, long before the rest is.
   static constexpr bool kEarlyQ = kStages == 2;
   static constexpr int kScoreStages = 2;
+  static constexpr bool kSmallGated = kOutputGate && kBlocksPerSM == 2;
+  // Instances that are short of registers make what follows from a thread's index where they use it.
+  static constexpr bool kOpaqueThread = kDimK == 256 || kSmallGated;
   // Registers per thread of the producer, the scores and the state warpgroups: multiples of 8 whose sum over the
   // warpgroups is at most what the block starts with.
-  static constexpr int kLoadRegisters = kDimK == 256 ? 32 : 40;
+  static constexpr int kLoadRegisters = kDimK == 256 || kSmallGated ? 32 : 40;
   static constexpr int kScoreRegisters = kDimK == 256 ? 64 : kGroups == 2 ? 72 : kBlocksPerSM == 2 ? 64 : 136;
-  static constexpr int kStateRegisters = kDimK == 256 ? 208 : kGroups == 2 ? 200 : kBlocksPerSM == 2 ? 136 : 240;
+  static constexpr int kStateRegisters = kDimK == 256        ? 208
+                                         : kGroups == 2      ? 200
+                                         : kSmallGated       ? 144
+                                         : kBlocksPerSM == 2 ? 136
+                                                             : 240;
 
   // A stage: Q, K, V of a chunk; backward also X, where O takes its place.
   static constexpr int kTileK = kDimK / 64 * kPanelBytes, kTileV = kBlockV / 64 * kPanelBytes;
   static constexpr bool kOutInStage = kBackward;
   static constexpr int kK = kTileK, kV = 2 * kTileK, kX = kV + kTileV, kStageBytes = kX + (kBackward ? kTileV : 0);
-  // Then P, O, the small arrays and the barriers.
+  // Then P, O, the small arrays and the barriers. With an output gate, tiles of it arrive in a ring of kOutTiles, where
+  // y takes their place; O, where it is wanted, has the last one for itself.
+  static constexpr int kOutTiles = kOutInStage ? 0 : !kOutputGate ? 1 : kBlocksPerSM == 2 ? 2 : 3;
   static constexpr int kScores = kStages * kStageBytes;
   static constexpr int kOut = kScores + kScoreStages * kPanelBytes;
-  static constexpr int kGates = kOut + (kOutInStage ? 0 : kTileV);
+  static constexpr int kGates = kOut + kOutTiles * kTileV;
   static constexpr int kDots = kGates + kStages * static_cast<int>(sizeof(ChunkGates));
   static constexpr int kWarpSums = kDots + (kBackward ? kGroups * 8 * kChunk * 4 : 0);
   static constexpr int kPairs = kDimK / 2;  // of columns that turn (rotate.cuh)
   static constexpr bool kTurnTogether = kRotary && kDimK == 256;
-  static constexpr int kTurnSteps = kWarpSums + (kBackward ? kGroups * 16 : 0);
+  static constexpr int kNormSums = kWarpSums + (kBackward ? kGroups * 16 : 0);  // [2][state warps][64] floats
+  static constexpr int kTurnSteps = kNormSums + (kOutputGate ? 2 * kGroups * 4 * kChunk * 4 : 0);
   static constexpr int kAngles = kTurnSteps + (kRotary ? kPairs * 16 : 0);
   static constexpr int kFull = kAngles + (kRotary ? kStages * kPairs * 4 : 0), kEmpty = kFull + 8 * kStages;
   static constexpr int kEmptyQ = kEmpty + 8 * kStages;  // with kEarlyQ
   static constexpr int kScoresFull = kEmptyQ + 8 * kStages, kScoresEmpty = kScoresFull + 8 * kScoreStages;
   static constexpr int kTilesTurned = kScoresEmpty + 8 * kScoreStages;
-  static constexpr int kBytes = kTilesTurned + (kRotary ? 8 * kStages : 0) + 1024;  // + alignment
+  static constexpr int kGateFull = kTilesTurned + (kRotary ? 8 * kStages : 0);                   // [kOutTiles][kGroups]
+  static constexpr int kBytes = kGateFull + (kOutputGate ? 8 * kOutTiles * kGroups : 0) + 1024;  // + alignment
   static_assert(kBlocksPerSM * (kBytes + 1024) <= 228 * 1024);
 };
+
+// This thread's index. kOpaque: read where it is used, and the compiler, which would keep all that follows from it in
+// registers (or in local memory), does not see that it is always the same.
+template <bool kOpaque>
+YOCO_DEVICE int thread_index() {
+  int index = threadIdx.x;
+  if constexpr (kOpaque) asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
+  return index;
+}
 
 // Where a warp is in the ring of stages and in that of score tiles, which advance together. Two slots each: both follow
 // from the number of chunks before this one, which saves registers.

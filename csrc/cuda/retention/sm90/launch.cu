@@ -42,7 +42,7 @@ bool retention_fits_sm90(const RetentionGrid& p, const RetentionInstance& instan
   }
   for (int r = 0; r < p.num_runs; ++r) {
     const RetentionRun& run = p.runs[r];
-    for (const View* v : {&run.q, &run.k, &run.v, &run.o, &run.x}) {
+    for (const View* v : {&run.q, &run.k, &run.v, &run.o, &run.x, &p.output_gate, &p.y}) {
       if (v->data != nullptr && !(tma_readable(*v, p.batch, p.time, p.heads, 2) && v->time_stride < kPackedStride)) {
         return false;
       }
@@ -62,11 +62,9 @@ const char* launch_retention_sm90(const RetentionGrid& p, const RetentionInstanc
       CUtensorMap& map;
       const View& view;
       int dim;
-    } tensors[] = {{to.q, run.q, run.dim_k},
-                   {to.k, run.k, run.dim_k},
-                   {to.v, run.v, run.dim_v},
-                   {to.o, run.o, run.dim_v},
-                   {to.x, run.x, run.dim_v}};
+    } tensors[] = {{to.q, run.q, run.dim_k}, {to.k, run.k, run.dim_k}, {to.v, run.v, run.dim_v},
+                   {to.o, run.o, run.dim_v}, {to.x, run.x, run.dim_v}, {maps.output_gate, p.output_gate, run.dim_v},
+                   {maps.y, p.y, run.dim_v}};
     for (const auto& t : tensors) {
       if (t.view.data == nullptr) continue;
       if (const char* message = chunk_map(t.map, dtype, p, t.view, t.dim)) return message;

@@ -19,6 +19,7 @@ struct RetentionMaps {
   struct Run {
     CUtensorMap q, k, v, o, x;
   } runs[2];
+  CUtensorMap output_gate, y;
 };
 
 // TMA can reach every tensor of every run of the grid (strides are multiples of 16 bytes, nothing is broadcast). With

@@ -87,7 +87,11 @@ YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, const ChunkGate
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, lane_row = lane / 4, lane_col = lane % 4 * 2;
   // Where this lane points stmatrix in the 16 x 64 rows of its warp, columns 0-15: matrices (rows 0-7, 8-15) x (columns
   // 0-7, 8-15).
-  const uint32_t store_at = (warp * 16 + lane % 16) * 128 + (((lane / 16) ^ (lane & 7)) << 4);
+  const auto store_at = [] {
+    const int thread = thread_index<Shape::kOutputGate && Shape::kOpaqueThread>(), row = thread / 32 % 4 * 16,
+              lane = thread % 32;
+    return (row + lane % 16) * 128 + (((lane / 16) ^ (lane & 7)) << 4);
+  };
   ChunkRings<Shape> rings;
   for (int i = b.begin; i < b.end; ++i, rings.advance()) {
     const auto at = rings.stage(i - b.begin);
@@ -114,7 +118,7 @@ YOCO_DEVICE void make_scores(uint32_t shared, const RunBlock& b, const ChunkGate
     const float2 b_r = gate.sum[warp * 16 + (b.reverse ? 15 : 0)];
     const float row[2] = {scale * decay_between(b_i[0], b_r), scale * decay_between(b_i[1], b_r)};
     mbarrier_wait(shared + Shape::kScoresEmpty + to.slot * 8, to.parity ^ 1);
-    const uint32_t tile = shared + Shape::kScores + to.slot * kPanelBytes + store_at;
+    const uint32_t tile = shared + Shape::kScores + to.slot * kPanelBytes + store_at();
     wgmma_wait<0>();
     pin_registers(s);
     // Decays 2^(b_i - b_j) where row i sees column j (elsewhere they would overflow). Away from the diagonal they are
@@ -164,16 +168,18 @@ YOCO_DEVICE void turn_only(uint32_t shared, const RunBlock& b) {
 }
 
 // ---- kernel
-template <typename T, int kDimK, int kBlockV, bool kBackward, bool kRotary>
-__global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::kThreads,
-                                  RunShape<kDimK, kBlockV, kBackward, kRotary>::kBlocksPerSM)
+template <typename T, int kDimK, int kBlockV, bool kBackward, bool kRotary, bool kOutputGate>
+__global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary, kOutputGate>::kThreads,
+                                  RunShape<kDimK, kBlockV, kBackward, kRotary, kOutputGate>::kBlocksPerSM)
     retention_run_kernel(const __grid_constant__ RetentionGrid p, const __grid_constant__ RetentionMaps maps) {
-  using Shape = RunShape<kDimK, kBlockV, kBackward, kRotary>;
-  const RunItem item = run_item(p, kBlockV);
+  using Shape = RunShape<kDimK, kBlockV, kBackward, kRotary, kOutputGate>;
+  RunItem item = run_item(p, kBlockV);
+  if constexpr (kOutputGate) item.run = 0;  // known to the compiler: parameters at fixed places
   const RetentionRun& run = p.runs[item.run];
   if (item.columns <= 0) return;
   if (item.n == p.num_sequences) {
     zero_tail<T, Shape::kThreads>(p, item);
+    if constexpr (kOutputGate) zero_tail<T, Shape::kThreads>(p, item, p.y);
     return;
   }
   const RetentionSequence seq = retention_sequence(p, item.n);
@@ -224,6 +230,9 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::
         mbarrier_init(shared + Shape::kTilesTurned + s * 8, turning_warps<Shape>(run.rotate_v));
       }
     }
+    if constexpr (kOutputGate) {
+      for (int s = 0; s < Shape::kOutTiles * Shape::kGroups; ++s) mbarrier_init(shared + Shape::kGateFull + s * 8, 1);
+    }
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -252,11 +261,11 @@ __global__ void __launch_bounds__(RunShape<kDimK, kBlockV, kBackward, kRotary>::
     float state[kDimK / 2], decay;
     load_state(state, owner, b, p, run);
     if (p.states_only) {
-      decay = carry_state<T, kDimK, false, false, Shape>(state, shared, shared_bytes, b, out);
+      decay = carry_state<T, kDimK, false, false, Shape>(state, shared, shared_bytes, b, out, p, maps);
     } else if (kBackward && run.x.data != nullptr) {
-      decay = carry_state<T, kDimK, true, kBackward, Shape>(state, shared, shared_bytes, b, out);
+      decay = carry_state<T, kDimK, true, kBackward, Shape>(state, shared, shared_bytes, b, out, p, maps);
     } else {
-      decay = carry_state<T, kDimK, true, false, Shape>(state, shared, shared_bytes, b, out);
+      decay = carry_state<T, kDimK, true, false, Shape>(state, shared, shared_bytes, b, out, p, maps);
     }
     store_state(state, decay, owner, b, p, run);
   }
@@ -270,10 +279,16 @@ template <typename T, int kDimK, int kBlockV, bool kBackward>
 const char* launch_retention_sm90(const RetentionGrid& p, const RetentionMaps& maps, const Launch& launch) {
   const int64_t blocks = run_blocks(p);
   if (blocks > INT32_MAX) return "gated_retention: more than 2^31 blocks";
-  const auto run = [&](auto rotary) {
-    using Shape = sm90::RunShape<kDimK, kBlockV, kBackward, rotary>;
-    return launch_kernel(sm90::retention_run_kernel<T, kDimK, kBlockV, kBackward, rotary>,
+  const auto launch_as = [&](auto rotary, auto output_gate) {
+    using Shape = sm90::RunShape<kDimK, kBlockV, kBackward, rotary, output_gate>;
+    return launch_kernel(sm90::retention_run_kernel<T, kDimK, kBlockV, kBackward, rotary, output_gate>,
                          dim3(static_cast<unsigned>(blocks)), Shape::kThreads, Shape::kBytes, launch, p, maps);
+  };
+  const auto run = [&](auto rotary) {
+    if constexpr (!kBackward && norm_fuses({kDimK, kBlockV}, 0)) {
+      if (p.output_gate.data != nullptr) return launch_as(rotary, std::true_type{});
+    }
+    return launch_as(rotary, std::false_type{});
   };
   return p.rotary.inv_freq != nullptr ? run(std::true_type{}) : run(std::false_type{});
 }

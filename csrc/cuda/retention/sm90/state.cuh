@@ -1,6 +1,7 @@
 // The warpgroups of a Hopper run that hold the state: 64 columns of v each.
 #pragma once
 
+#include "cuda/core/activation.cuh"
 #include "cuda/retention/sm90/rotate.cuh"
 
 namespace yoco::cuda::sm90 {
@@ -133,15 +134,11 @@ struct StatePlace {
 // product of the chunks' decays where only the state is wanted.
 template <typename T, int kDimK, bool kOutputs, bool kDots, typename Shape>
 YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_t* shared_bytes, const RunBlock& b,
-                              const CUtensorMap& out_map) {
+                              const CUtensorMap& out_map, const RetentionGrid& p, const RetentionMaps& maps) {
   constexpr bool kWide = kDimK == 256;
-  // A wide state leaves no registers for what follows from the thread's index: it is made where it is used, and the
-  // compiler, which would make it once, does not see that the index is always the same.
-  const auto here = [] {
-    int index = threadIdx.x;
-    if constexpr (kWide) asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
-    return StatePlace<Shape>{index};
-  };
+  constexpr bool kOutputGate = kOutputs && Shape::kOutputGate;
+  static_assert(!kOutputGate || (!kDots && !kWide));
+  const auto here = [] { return StatePlace<Shape>{thread_index<Shape::kOpaqueThread>()}; };
   const auto owner = [&] {
     const auto place = here();
     return StateOwner<kDimK, Shape>{place.group(), place.group() * kWarpgroup + place.row()};
@@ -150,6 +147,28 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
   // Operands of the state's product: how many have registers, and how many are made (and committed) at once.
   constexpr int kSteps = kDimK / 16, kSlots = kWide ? 3 : 8, kBatch = kWide ? 1 : 4;
   constexpr int kBatches = (kDots ? 2 : 1) * kSteps / kBatch;
+  // The output gate's ring. The thread that stores y of a chunk, and so knows when its tile is free, requests the next
+  // one to come there. Where a chunk is in the ring follows from the number of chunks before it: that saves registers.
+  const bool stores_o = !kOutputGate || p.runs[0].o.data != nullptr;
+  [[maybe_unused]] const auto gate_place = [&](uint32_t before) -> RingPosition<1> {
+    constexpr uint32_t kTiles = kOutputGate ? Shape::kOutTiles : 2;
+    const uint32_t slots = kTiles - stores_o, round = stores_o ? before / (kTiles - 1) : before / kTiles;
+    return {before - round * slots, round % 2};
+  };
+  const auto gate_tile = [&](uint32_t slot) { return shared + Shape::kOut + slot * Shape::kTileV; };
+  const auto gate_barrier = [&](uint32_t slot) {
+    return shared + Shape::kGateFull + (slot * Shape::kGroups + here().group()) * 8;
+  };
+  [[maybe_unused]] const auto load_output_gate = [&](int i) {
+    const uint32_t slot = gate_place(i - b.begin).slot;
+    mbarrier_arrive_expect(gate_barrier(slot), kPanelBytes);
+    tma_load_panel(gate_tile(slot) + here().panel(), maps.output_gate, gate_barrier(slot),
+                   b.panel_column(here().group()), chunk_box(b, b.chunk(i)));
+  };
+  if constexpr (kOutputGate) {
+    const int first = min(b.begin + Shape::kOutTiles - stores_o, b.end);
+    for (int i = b.begin; i < first && here().row() == 0; ++i) load_output_gate(i);
+  }
   ChunkRings<Shape> rings;
 #pragma unroll 1
   for (int i = b.begin; i < b.end; ++i, rings.advance()) {
@@ -219,8 +238,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
     }
     // V^T of this warp, 16 columns by 64 tokens, with the update factors.
     uint32_t update[4][4];
-    const auto make_update = [&](int k) {
-      const auto place = here();
+    const auto make_update = [&](int k, const StatePlace<Shape>& place) {
       uint32_t v[4];
       ldmatrix_trans(v, tiles + Shape::kV + place.load() + k * 16 * 128);
       const float2 f = *reinterpret_cast<const float2*>(&gate.update[k * 16 + place.column()]);
@@ -235,8 +253,16 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
     // All of it while S^T Q^T runs; with a wide state piece by piece before the products, for want of registers.
     constexpr bool kUpdateLate = kWide && kOutputs;
     if constexpr (!kUpdateLate) {
+      const auto place = here();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) make_update(k);
+      for (int k = 0; k < 4; ++k) make_update(k, place);
+    }
+    if constexpr (kOutputGate) {
+      if (i > b.begin && here().row() == 0) {  // by now the chunk before has left its tiles
+        bulk_wait_read<0>();
+        const int next = i - 1 + Shape::kOutTiles - stores_o;
+        if (next < b.end) load_output_gate(next);
+      }
     }
 
     // Sums over columns of f(x, e, token), x a pair of X and o[e], o[e + 1] at its place, token and token + 1; f
@@ -304,7 +330,7 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if constexpr (kUpdateLate) {
-        make_update(k);
+        make_update(k, here());
         wgmma_fence();
       }
       // At most 128 columns at once: ptxas refuses an instruction with more registers than a thread has at launch.
@@ -316,6 +342,27 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
       }
     }
     wgmma_commit();
+
+    // silu(output gate), in the places of o: asked for before O is complete where there are registers.
+    [[maybe_unused]] float silu[kOutputGate ? 32 : 1];
+    [[maybe_unused]] const auto gate_at = gate_place(i - b.begin);
+    const auto make_silu = [&](int k, uint32_t load_at) {
+      uint32_t x[4];
+      ldmatrix_trans(x, load_at + k * 16 * 128);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 g = unpack2<T>(x[j]);
+        const int e = k * 8 + j % 2 * 4 + j / 2 * 2;
+        silu[e] = g.x * sigmoid<T>(g.x), silu[e + 1] = g.y * sigmoid<T>(g.y);
+      }
+    };
+    constexpr bool kSiluEarly = kOutputGate && Shape::kGroups == 2;
+    if constexpr (kOutputGate) mbarrier_wait(gate_barrier(gate_at.slot), gate_at.parity);
+    if constexpr (kSiluEarly) {
+      const uint32_t load_at = gate_tile(gate_at.slot) + here().load();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) make_silu(k, load_at);
+    }
 
     if constexpr (kOutputs) {
       wgmma_wait<1>();
@@ -333,17 +380,65 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
       }
       // O has a tile of its own, or takes the place of X, of which every warp has read its columns.
       const uint32_t out = Shape::kOutInStage ? tiles + Shape::kX : shared + Shape::kOut;
+      const uint32_t out_last = out + (Shape::kOutInStage ? 0 : (Shape::kOutTiles - 1) * Shape::kTileV);
+      const auto store_tokens = [&](uint32_t tile, int k, const float* x) {  // 16 k to 16 k + 15 of the chunk
+        stmatrix_x4_trans(tile + place.store() + k * 16 * 128,
+                          {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])});
+      };
       if constexpr (Shape::kOutInStage) {
         __syncwarp();
+      } else if constexpr (kOutputGate) {
+        // Sums of squares over the columns: of this warp's 16, then of all warps. The barrier also stands between the
+        // stores of the chunk before and new tiles.
+        constexpr int kWarps = Shape::kGroups * 4;
+        float* const sums = reinterpret_cast<float*>(shared_bytes + Shape::kNormSums);  // [2][kWarps][64]
+        float* const own = sums + i % 2 * (kWarps * kChunk) + (group * 4 + place.warp()) * kChunk;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float part[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const float* const x = &o[half * 16 + j / 2 * 4 + j % 2];
+            part[j] = x[0] * x[0] + x[2] * x[2];
+          }
+          const float sum = sum_columns(part);
+          own[half * 32 + sum_token(place.lane())] = sum;
+        }
+        named_sync(3, Shape::kGroups * kWarpgroup);
+        if (stores_o) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) store_tokens(out_last, k, &o[k * 8]);
+        }
+        // Every lane makes the factors of two tokens. They take this warp's place among the sums of the chunk before.
+        float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          const float2 x = *reinterpret_cast<const float2*>(&sums[(i % 2 * kWarps + w) * kChunk + place.lane() * 2]);
+          sum.x += x.x, sum.y += x.y;
+        }
+        const float scale = __fdividef(1.f, static_cast<float>(b.columns));
+        float* const factors = sums + ((i + 1) % 2 * kWarps + group * 4 + place.warp()) * kChunk;
+        *reinterpret_cast<float2*>(&factors[place.lane() * 2]) =
+            make_float2(rsqrtf(sum.x * scale + p.norm_eps), rsqrtf(sum.y * scale + p.norm_eps));
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if constexpr (!kSiluEarly) make_silu(k, gate_tile(gate_at.slot) + place.load());
+#pragma unroll
+          for (int j = 2 * k; j < 2 * k + 2; ++j) {
+            const float2 f = *reinterpret_cast<const float2*>(&factors[j * 8 + place.column()]);
+            o[4 * j] *= f.x * silu[4 * j], o[4 * j + 1] *= f.y * silu[4 * j + 1];
+            o[4 * j + 2] *= f.x * silu[4 * j + 2], o[4 * j + 3] *= f.y * silu[4 * j + 3];
+          }
+          store_tokens(gate_tile(gate_at.slot), k, &o[k * 8]);
+        }
       } else {
         if (row == 0) bulk_wait_read<0>();
         named_sync(1 + group, kWarpgroup);
       }
+      if constexpr (!kOutputGate) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float* const x = &o[k * 8];
-        stmatrix_x4_trans(out + place.store() + k * 16 * 128,
-                          {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])});
+        for (int k = 0; k < 4; ++k) store_tokens(out, k, &o[k * 8]);
       }
       if constexpr (kDots && Shape::kRotary) {  // dq and dk turn back; a pair's columns may be in both groups' panels
         named_sync(3, Shape::kGroups * kWarpgroup);
@@ -357,7 +452,11 @@ YOCO_DEVICE float carry_state(float (&state)[kDimK / 2], uint32_t shared, uint8_
       }
       const RunBlock::Chunk c = b.chunk(i);
       if (row == 0 && group * 64 < b.columns) {
-        tma_store_panel(out_map, out + place.panel(), b.panel_column(group), chunk_box(b, c));
+        const auto send = [&](const CUtensorMap& map, uint32_t tile) {
+          tma_store_panel(map, tile + place.panel(), b.panel_column(group), chunk_box(b, c));
+        };
+        if constexpr (kOutputGate) send(maps.y, gate_tile(gate_at.slot));
+        if (stores_o) send(out_map, out_last);
         bulk_commit();
       }
       if constexpr (kDots) {
