@@ -5,7 +5,7 @@ and devices only (no host synchronisation); the contents of index tensors are th
 They run on every call, so the common path is comparisons of tuples and nothing else.
 """
 
-from yoco_ext._checks.attention import attention, qkv, window
+from yoco_ext._checks.attention import attention, qkv, shared_kv, window
 from yoco_ext._checks.cache import append_kv, attention_decode
 from yoco_ext._checks.common import boundaries, cu_seqlens, fail, index_range
 from yoco_ext._checks.differential import (
@@ -28,6 +28,7 @@ __all__ = [
     "gated_retention_step",
     "attention",
     "qkv",
+    "shared_kv",
     "window",
     "append_kv",
     "attention_decode",

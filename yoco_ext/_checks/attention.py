@@ -74,6 +74,12 @@ def qkv(q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v") -
     return batch, time_q, heads_q, heads_kv
 
 
+def shared_kv(x: Any, method: str = "options") -> None:
+    """The K and V of a cross-decoder. method: what the set of ops calls on it."""
+    if not hasattr(x, method):
+        fail("shared_kv", type(x).__name__, "a SharedKV(k, v) of the same set of ops")
+
+
 def _logit_options(
     q: Tensor, heads: int, sequences: int, scale: Any, softcap: Any, sinks: Tensor | None, alibi_slopes: Tensor | None
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .basic import DECODE_TOKENS, Layer, RotaryEmbedding
+from .basic import DECODE_TOKENS, Layer, RotaryEmbedding, head_dim
 
 
 @dataclass
@@ -68,15 +68,14 @@ class SlidingWindowAttention(Layer):
         ops: str = "fused",
     ) -> None:
         super().__init__(ops)
-        head_dim = hidden_size // num_heads
-        kv_dim = (num_kv_heads or num_heads) * head_dim
-        self.head_dim = head_dim
+        self.head_dim = head_dim(hidden_size, num_heads, num_kv_heads)
+        kv_dim = (num_kv_heads or num_heads) * self.head_dim
         self.window = (window_size - 1, 0)
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, kv_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, kv_dim, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.rotary = RotaryEmbedding(head_dim, style=rope, theta=rope_theta, ops=ops)
+        self.rotary = RotaryEmbedding(self.head_dim, style=rope, theta=rope_theta, ops=ops)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,7 +143,7 @@ class CrossAttention(Layer):
         self.num_heads = num_heads
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.rotary = RotaryEmbedding(hidden_size // num_heads, style=rope, theta=rope_theta, ops=ops)
+        self.rotary = RotaryEmbedding(head_dim(hidden_size, num_heads), style=rope, theta=rope_theta, ops=ops)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -25,6 +25,15 @@ def get_ops(name: str) -> ModuleType:
     return _modules[name]
 
 
+def head_dim(hidden_size: int, num_heads: int, num_kv_heads: int | None = None) -> int:
+    """Checked where a layer is made, not where its first call fails in a view."""
+    if hidden_size % num_heads or hidden_size // num_heads % 8 or hidden_size // num_heads > 256:
+        raise ValueError(f"hidden_size / num_heads must be a multiple of 8 up to 256, got {hidden_size} / {num_heads}")
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+        raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+    return hidden_size // num_heads
+
+
 class Layer(nn.Module):
     """A module that computes with one of the two sets of ops.
 

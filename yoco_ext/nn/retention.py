@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .basic import DECODE_TOKENS, Layer, RotaryEmbedding
+from .basic import DECODE_TOKENS, Layer, RotaryEmbedding, head_dim
 
 
 class GatedRetention(Layer):
@@ -36,7 +36,7 @@ class GatedRetention(Layer):
         self.g_proj = nn.Linear(hidden_size, hidden_size, bias=False)  # output gate
         self.gt_proj = nn.Linear(hidden_size, num_heads, bias=False)  # decay
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.rotary = RotaryEmbedding(hidden_size // num_heads, style=rope, theta=rope_theta, ops=ops)
+        self.rotary = RotaryEmbedding(head_dim(hidden_size, num_heads), style=rope, theta=rope_theta, ops=ops)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

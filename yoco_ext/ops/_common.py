@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from yoco_ext import _library
 
@@ -22,7 +23,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not isinstance(tensors[0], Tensor):
         return tensors  # the checks will say so
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -49,10 +50,25 @@ def call(op: Any, recorded: bool, *arguments: Any) -> Any:
     to what would run: through the dispatcher and back costs as much again as the call itself."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*arguments)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(op, arguments)
     if recorded:
         return _recorders[op](arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+def _refuse_tangents(op: Any, arguments: Sequence[Any]) -> None:
+    """Forward-mode differentiation, which the ops would answer with no tangent: a silent zero."""
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments):
+        _refuse_mode(op, "forward-mode differentiation (torch.func.jvp, forward_ad)")
+
+
+def _refuse_mode(op: Any, what: str) -> NoReturn:
+    raise RuntimeError(
+        f"{op.name()}: {what} is not supported: gradients come from backward() and torch.autograd.grad; "
+        "yoco_ext.reference is plain PyTorch and has the others"
+    )
 
 
 _recorders: dict[Any, Callable[[tuple[Any, ...]], Any]] = {}
@@ -93,6 +109,11 @@ def register_gradient(
 
     def kernel(*arguments: Any) -> Any:
         inputs = [arguments[i] if i < len(arguments) else None for i in differentiable]  # None: left at its default
+        if not torch.compiler.is_compiling():
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(op, inputs)
+            if needs_gradient(*inputs) and torch._C._are_functorch_transforms_active():
+                _refuse_mode(op, "a gradient inside torch.func.grad, vjp, jacrev or vmap")
         if needs_gradient(*inputs):
             return node.apply(arguments, *inputs)
         with torch._C._AutoDispatchBelowAutograd():

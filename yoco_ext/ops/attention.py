@@ -196,6 +196,7 @@ def cross_attention(q: Tensor, shared_kv: SharedKV, *, return_lse: bool = False,
     q [B, Tq, Hq, Dqk] -> [B, Tq, Hq, Dv]; options of `attention`, with cu_seqlens and seqused_k taken from shared_kv
     unless given. The gradients of all layers for K and V add into one float32 accumulator (see SharedKV).
     """
+    _checks.shared_kv(shared_kv, "incoming")
     arguments = _arguments(q, shared_kv.k, shared_kv.v, **{**shared_kv.options(), **options})
     tokens = shared_kv.incoming()
     if tokens is None:

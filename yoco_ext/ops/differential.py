@@ -126,6 +126,7 @@ def differential_cross_attention(
 ) -> Tensor:
     """differential_attention over the K/V that all layers of the cross-decoder share: SharedKV(pair_heads(k), v) with
     k [B, Tk, 2 Hkv, D] and v [B, Tk, Hkv, 2 D]. The rest as there."""
+    _checks.shared_kv(shared_kv, "incoming")
     _checks.differential_queries(q, shared_kv.k, "shared_kv.k", options)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     a = cross_attention(pair_queries(q), shared_kv, scale=scale, **options)

@@ -193,4 +193,5 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, window: tuple[int,
 
 def cross_attention(q: Tensor, shared_kv: SharedKV, **options: Any) -> Any:
     """attention over the one K/V that all layers of the cross-decoder share."""
+    _checks.shared_kv(shared_kv)
     return attention(q, shared_kv.k, shared_kv.v, **{**shared_kv.options(), **options})

@@ -85,6 +85,7 @@ def differential_cross_attention(
     q: Tensor, shared_kv: SharedKV, lam: Tensor | float, weight: Tensor | None = None, **options: Any
 ) -> Tensor:
     """differential_attention over SharedKV(pair_heads(k), v)."""
+    _checks.shared_kv(shared_kv)
     _checks.differential_queries(q, shared_kv.k, "shared_kv.k", options)
     k = shared_kv.k.unflatten(3, (2, -1)).flatten(2, 3)
     return differential_attention(q, k, shared_kv.v, lam, weight, **{**shared_kv.options(), **options})
