@@ -63,6 +63,19 @@ def attention(dim: int, time: int = 512) -> Iterator[Counted]:
         )
 
 
+def masked_attention(dim: int, window: int | None, time: int = 1024) -> Iterator[Counted]:
+    """One head, causal, with a window of so many keys or none: useful are the products of pairs that are seen."""
+    q, k, v = (randn(1, time, 1, dim) for _ in range(3))
+    left = -1 if window is None else window - 1
+    pairs = sum(min(i + 1, window or time) for i in range(time))
+    yield Counted(
+        f"attention forward, {'causal' if window is None else f'window {window}'}, T {time}, D {dim}",
+        4 * pairs * dim,
+        size(q, k, v, q),
+        lambda: ops.attention(q, k, v, window=(left, 0)),
+    )
+
+
 def retention(dim: int, time: int = 2048, rotary: bool = False) -> Iterator[Counted]:
     """One head, chunks of 64: products with the state, its update, and the lower triangles."""
     q, k, v, d_o = (randn(1, time, 1, dim) for _ in range(4))
@@ -178,6 +191,8 @@ def pointwise() -> Iterator[Counted]:
 def cases() -> Iterator[Counted]:
     for dim in (64, 128, 256):
         yield from attention(dim)
+        for window in (128, 256, 512, None):
+            yield from masked_attention(dim, window)
     for dim in (64, 128, 256):
         yield from retention(dim)
     for dim in (128, 256):

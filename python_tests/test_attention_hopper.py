@@ -74,6 +74,35 @@ def test_keys_behind_the_sequence(backend, dtype, keys):
 
 
 @dtypes
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("latents", [None, 150])
+@pytest.mark.parametrize("prefixes", [(0, 900, 30), (900, 0, 900), (40, 130, 900), (900, 850, 0)], ids=str)
+def test_warpgroups_that_see_different_blocks(backend, dtype, dim, latents, prefixes):
+    """64 rows see nothing of many blocks, before or behind those that they see: they pass them on and take their turn.
+    Only some keys of the last block count, and whoever sees it or not takes part in clearing the others."""
+    inputs = tensors(backend, dtype, (180, 1000), batch=1, heads=(1, 1), dims=(dim, dim), latents=latents)
+    prefix_len = int32(backend, *(n for n in prefixes for _ in range(64)))[None, :180]
+    used = int32(backend, 890)
+    check_forward(backend, inputs, prefix_len=prefix_len.contiguous(), seqused_k=used)
+
+
+@pytest.mark.backends("cuda", "emulated")
+@dtypes
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("window", [(0, 0), (50, 0), (63, 0), (64, 0), (127, 0), (200, 10)], ids=str)
+def test_where_a_row_lies_changes_no_bit(backend, dtype, dim, window):
+    """Which ends of its key blocks a row's warpgroup multiplies depends on its neighbours; the products left out are
+    zeros."""
+    inputs = tensors(backend, dtype, (260, 300), batch=1, heads=(1, 1), dims=(dim, dim))
+    out, lse = attend(backend.ops)(**inputs, causal=False, window=window)
+    for first in (1, 37, 64, 100, 197, 255):
+        rows, rows_lse = attend(backend.ops)(
+            inputs["q"][:, first:], inputs["k"], inputs["v"], causal=False, window=window
+        )
+        assert bitwise_equal(rows, out[:, first:]) and bitwise_equal(rows_lse, lse[..., first:]), first
+
+
+@dtypes
 def test_split_keys(backend, dtype):
     """Few rows on many keys: the blocks are split over CTAs, latents included."""
     inputs = tensors(backend, dtype, (3, 2500), batch=1, heads=(4, 2), dims=(128, 128), latents=300, sinks=True)

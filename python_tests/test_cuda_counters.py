@@ -21,6 +21,12 @@ TENSOR = {
     "deterministic, T 512, D 256": 1.42,  # blocks of 48 keys
     "deterministic": 1.41,
     "retention forward": 1.65,
+    # 64 rows of a window multiply 64 keys more than one row sees, in halves of key blocks (D 256: 80 keys, or 48)
+    "window 128, T 1024, D 256": 1.71,
+    "window 128": 1.51,
+    "window 256, T 1024, D 256": 1.36,
+    "window 256": 1.26,
+    "window 512, T 1024, D 256": 1.19,
 }
 
 

@@ -13,10 +13,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <type_traits>
 
 #include "cuda/attention/simt.h"
 #include "cuda/attention/sm90/plan.h"
-#include "cuda/attention/sm90/tile.cuh"
+#include "cuda/attention/sm90/visit.cuh"
 #include "cuda/attention/tile.h"
 
 namespace yoco::cuda::sm90 {
@@ -37,13 +39,15 @@ struct ForwardConfig {
   static constexpr int kRows = ForwardTiles<D>::kRows;
   static constexpr int kKeys = ForwardTiles<D>::kKeys;
   static constexpr int kThreads = kWarpgroup * (1 + kWarpgroups);
+  // Keys of a block that are multiplied where a warpgroup sees only one end of it.
+  static constexpr int kPart = Transform ? kKeys : D == 256 ? 48 : 64;
   static constexpr int kStages = D == 64 ? 3 : 2;
   static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 240;
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
   static constexpr int kPanels = D / 64;
   static constexpr int kQBytes = kRows * D * 2;
   static constexpr int kSlotBytes = kKeys * D * 2;
-  static constexpr int kSharedBytes = kQBytes + 2 * kStages * kSlotBytes + 2 * kRows * int(sizeof(int2)) + 256;
+  static constexpr int kSharedBytes = kQBytes + 2 * kStages * kSlotBytes + 2 * kRows * int(sizeof(int2)) + 512;
 };
 
 // Offsets in shared memory. Barriers: "full" counts TMA bytes, "empty" one arrival per consumer warp.
@@ -55,7 +59,8 @@ struct ForwardShared {
   static constexpr int kRowKeys =
       kV + Config::kStages * Config::kSlotBytes;  // int2 per row: keys, then latents it sees
   static constexpr int kTile = kRowKeys + 2 * Config::kRows * int(sizeof(int2));  // two Tiles
-  static constexpr int kKFull = kTile + 2 * int(sizeof(Tile));
+  static constexpr int kVisit = kTile + 2 * int(sizeof(Tile));  // for each of them, one Visit per warpgroup
+  static constexpr int kKFull = kVisit + 2 * Config::kWarpgroups * int(sizeof(Visit));
   static constexpr int kKEmpty = kKFull + 8 * Config::kStages;
   static constexpr int kVFull = kKEmpty + 8 * Config::kStages;
   static constexpr int kVEmpty = kVFull + 8 * Config::kStages;
@@ -79,8 +84,16 @@ YOCO_DEVICE void produce(const AttentionParams& p, const ForwardPlan& plan, cons
   RingPosition<Config::kStages> at_k, at_v;
   RingPosition<2> at_tile;
   uint32_t q_parity = 0;
-  const auto publish = [&](const Tile& tile) {
+  // keys: from warpgroup_keys.
+  const auto publish = [&](const Tile& tile, int2 keys) {
     mbarrier_wait(shared + Shared::kTileEmpty + 8 * at_tile.slot, at_tile.parity ^ 1);
+    const int w = int(threadIdx.x);
+    const TileBounds own = warpgroup_bounds(keys, w);
+    if (w < Config::kWarpgroups) {
+      put_visit(shared + Shared::kVisit + int(sizeof(Visit)) * (int(at_tile.slot) * Config::kWarpgroups + w),
+                make_visit<kKeys, Config::kPart>(tile, own, 64 * w < tile.rows));
+    }
+    __syncwarp();
     if (leader) {
       put_tile(shared + Shared::kTile + int(sizeof(Tile)) * at_tile.slot, tile);
       mbarrier_arrive(shared + Shared::kTileFull + 8 * at_tile.slot);
@@ -94,9 +107,11 @@ YOCO_DEVICE void produce(const AttentionParams& p, const ForwardPlan& plan, cons
     // Once, unless max_seqlen_q understated a sequence.
 #pragma unroll 1
     for (int first_row = work.tile * tile_rows; first_row < map.rows; first_row += plan.schedule.tiles * tile_rows) {
-      const Tile tile = make_tile<kKeys>(p, map, index, first_row, min(tile_rows, map.rows - first_row),
-                                         index % plan.splits, plan.splits);
-      publish(tile);
+      const int rows = min(tile_rows, map.rows - first_row);
+      const int2 keys = warpgroup_keys<Config::kWarpgroups>(p, map, first_row, rows);
+      const Tile tile =
+          make_tile<kKeys>(p, map, all_bounds(keys), index, first_row, rows, index % plan.splits, plan.splits);
+      publish(tile, keys);
       if (tile.begin >= tile.end) continue;
       const int batch = int(map.sequence.batch), k_begin = int(map.sequence.k_begin);
       const int latent_batch = p.latents_shared ? 0 : batch;
@@ -149,7 +164,7 @@ YOCO_DEVICE void produce(const AttentionParams& p, const ForwardPlan& plan, cons
   }
   Tile last{};
   last.index = Tile::kNoMore;
-  publish(last);
+  publish(last, make_int2(0, 0));
 }
 
 // A consumer warpgroup: rows 64 w .. 64 w + 63 of every tile.
@@ -158,6 +173,7 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
   using Shared = ForwardShared<Config>;
   using T = typename Config::Element;
   constexpr int kKeys = Config::kKeys, kRows = Config::kRows, kDim = Config::kDim, kS = kKeys / 2, kO = kDim / 2;
+  constexpr int kPart = Config::kPart;
   const int warpgroup = uniform(int(threadIdx.x) / kWarpgroup) - 1, lane = int(threadIdx.x % 32);
   const int tile_row = int(threadIdx.x - kWarpgroup) / 32 * 16 + lane / 4;  // and + 8
   const uint32_t q_tile = shared + Shared::kQ + warpgroup * 64 * 128;
@@ -172,11 +188,14 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
 
   for (;;) {
     mbarrier_wait(shared + Shared::kTileFull + 8 * at_tile.slot, at_tile.parity);
-    const Tile tile = get_tile(shared + Shared::kTile + int(sizeof(Tile)) * at_tile.slot);
-    if (tile.index == Tile::kNoMore) return;
-    // The accumulators fill the register file: what is rarely needed is computed where it is needed.
+    const uint32_t tile_at = shared + Shared::kTile + int(sizeof(Tile)) * at_tile.slot;
+    // The fields of the tile are read where they are needed: the accumulators fill the register file.
+    const auto field = [&](size_t offset) { return get_field(tile_at + uint32_t(offset)); };
+    if (field(offsetof(Tile, index)) == Tile::kNoMore) return;
+    const Visit visit =
+        get_visit(shared + Shared::kVisit + int(sizeof(Visit)) * (int(at_tile.slot) * Config::kWarpgroups + warpgroup));
     const auto row_map = [&] {
-      const WorkTile work = plan.schedule.decode(opaque(tile.index) / plan.splits);
+      const WorkTile work = plan.schedule.decode(field(offsetof(Tile, index)) / plan.splits);
       return make_row_map(p, work.sequence, work.head);
     };
     float o[kO];
@@ -185,17 +204,18 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
     RowSoftmax softmax[2];
     softmax[0].start(), softmax[1].start();
 
-    if (tile.begin < tile.end) {
+    if (field(offsetof(Tile, begin)) < field(offsetof(Tile, end))) {
       // What this thread's rows see, in shared memory until a masked block asks for it.
       {
         const RowMap map = row_map();
+        const int first_row = field(offsetof(Tile, first_row)), rows = field(offsetof(Tile, rows));
         __syncwarp();
 #pragma unroll 1
         for (int latents = 0; latents < (p.num_latents > 0 ? 2 : 1); ++latents) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int row = tile_row + 8 * h;
-            const int2 keys = row < tile.rows ? row_keys(p, map, tile.first_row + row, latents != 0) : make_int2(0, 0);
+            const int2 keys = row < rows ? row_keys(p, map, first_row + row, latents != 0) : make_int2(0, 0);
             if (lane % 4 != 0) continue;
             asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(row_keys_at + 8 * (latents * kRows + 8 * h)),
                          "r"(keys.x), "r"(keys.y)
@@ -209,7 +229,7 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
         const RowMap map = row_map();
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int row = tile.first_row + min(tile_row + 8 * h, tile.rows - 1);
+          const int row = field(offsetof(Tile, first_row)) + min(tile_row + 8 * h, field(offsetof(Tile, rows)) - 1);
           bias[h] = alibi_log2(p, map.sequence_index, map.head(row));
           diagonal[h] = float(map.token(row) + int(map.sequence.len_k - map.sequence.len_q) - lane % 4 * 2);
         }
@@ -219,24 +239,29 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
       uint32_t probabilities[kS / 8][4];
       float factor[2] = {1.f, 1.f};
       bool moves = false;
-      const auto issue_s = [&] {
+      // Below, `count` keys (a constant) of a block from key `from` on: all of them, or a part at one end.
+      const std::integral_constant<int, kKeys> whole{};
+      const std::integral_constant<int, kPart> part{};
+      const auto issue_s = [&](auto count, int from) {
         const uint64_t a = descriptor_k(q_tile);
-        const uint64_t b = descriptor_k(shared + Shared::kK + at_k.slot * Config::kSlotBytes);
-        pin_registers(s);
+        const uint64_t b = descriptor_k(shared + Shared::kK + at_k.slot * Config::kSlotBytes + from * 128);
+        auto& d = columns<count()>(s);
+        new_registers(d);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kDim / 16; ++k) {
-          wgmma<T, Major::K, Major::K>(s, a + descriptor_step(k / 4 * (kRows * 128) + k % 4 * 32),
+          wgmma<T, Major::K, Major::K>(d, a + descriptor_step(k / 4 * (kRows * 128) + k % 4 * 32),
                                        b + descriptor_step(k / 4 * (kKeys * 128) + k % 4 * 32), k > 0);
         }
         wgmma_commit();
       };
-      const auto issue_o = [&] {
-        const uint64_t b = descriptor_mn(shared + Shared::kV + at_v.slot * Config::kSlotBytes, kKeys * 128);
+      const auto issue_o = [&](auto count, int from) {
+        const uint64_t b =
+            descriptor_mn(shared + Shared::kV + at_v.slot * Config::kSlotBytes + from * 128, kKeys * 128);
         pin_registers(o);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kKeys / 16; ++k) {
+        for (int k = 0; k < count() / 16; ++k) {
           wgmma<T, Major::MN>(o, probabilities[k], b + descriptor_step(k * 2048), true);
         }
         wgmma_commit();
@@ -254,42 +279,52 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
       // Before the product of V(n): what lies behind the sequence becomes zero, as 0 * NaN would be NaN. The
       // consumers share the work; nobody holds the turn meanwhile.
       const auto zero_loose_end = [&](int n) {
-        if (n != tile.num_main - 1 || tile.keep >= kKeys) return;
+        if (n != visit.loose) return;
         wait_v();
         constexpr int kConsumers = kWarpgroup * Config::kWarpgroups;
         zero_tile_rows<kKeys, Config::kPanels, kConsumers>(shared + Shared::kV + at_v.slot * Config::kSlotBytes,
-                                                           tile.keep, int(threadIdx.x) - kWarpgroup);
+                                                           field(offsetof(Tile, keep)), int(threadIdx.x) - kWarpgroup);
         fence_async_proxy();
         named_sync(kConsumerBarrier, kConsumers);
       };
       // S(n) to P(n) in place; how O of the blocks before must be scaled.
-      const auto softmax_step = [&](int n) {
-        const int first = tile.first_key<kKeys>(n);
+      const auto softmax_step = [&](auto count, int n, int from) {
+        constexpr int kCount = count() / 2;
+        // Whether block n lies in the main segment, and where in its segment.
+        const auto in_main = [&] { return n < field(offsetof(Tile, num_main)); };
+        const auto first_key = [&](bool main) {
+          return (n + field(main ? offsetof(Tile, main_first) : offsetof(Tile, latent_first))) * kKeys + from;
+        };
         if constexpr (Config::kTransform) {
+          const bool main = in_main();
+          const int first = first_key(main);
 #pragma unroll
-          for (int i = 0; i < kS; ++i) {
+          for (int i = 0; i < kCount; ++i) {
             const int h = i / 2 % 2;
-            s[i] = transform_score(plan.score, s[i], n < tile.num_main ? bias[h] : 0.f,
-                                   diagonal[h] - float(first + i / 4 * 8 + i % 2));
+            s[i] =
+                transform_score(plan.score, s[i], main ? bias[h] : 0.f, diagonal[h] - float(first + i / 4 * 8 + i % 2));
           }
         }
-        if (!tile.full<kKeys>(n, first)) {
+        const bool full = count() == kKeys && n >= visit.full_begin && n < visit.full_end;
+        if (!full && !(n < visit.full_latents && !in_main())) {
+          const bool main = in_main();
+          const int first = first_key(main);
           int2 keys[2];
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n"
                          : "=r"(keys[h].x), "=r"(keys[h].y)
-                         : "r"(row_keys_at + 8 * ((n < tile.num_main ? 0 : kRows) + 8 * h))
+                         : "r"(row_keys_at + 8 * ((main ? 0 : kRows) + 8 * h))
                          : "memory");
             keys[h].x -= first + lane % 4 * 2;
             keys[h].y -= first + lane % 4 * 2;
           }
 #pragma unroll
-          for (int i = 0; i < kS; ++i) s[i] = sees(keys[i / 2 % 2], i / 4 * 8 + i % 2) ? s[i] : YOCO_NEG_INF;
+          for (int i = 0; i < kCount; ++i) s[i] = sees(keys[i / 2 % 2], i / 4 * 8 + i % 2) ? s[i] : YOCO_NEG_INF;
         }
         float top[2] = {YOCO_NEG_INF, YOCO_NEG_INF};
 #pragma unroll
-        for (int i = 0; i < kS; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
+        for (int i = 0; i < kCount; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
         top[0] = group_max<4>(top[0]), top[1] = group_max<4>(top[1]);
         moves = __any_sync(0xffffffffu,
                            softmax[0].must_move(top[0], multiplier) || softmax[1].must_move(top[1], multiplier));
@@ -300,7 +335,7 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
         const float offset[2] = {softmax[0].offset(multiplier), softmax[1].offset(multiplier)};
         float sum[2] = {0.f, 0.f};
 #pragma unroll
-        for (int i = 0; i < kS; ++i) {
+        for (int i = 0; i < kCount; ++i) {
           const int h = i / 2 % 2;
           s[i] = exp2_approx(fmaf(s[i], multiplier, -offset[h]));
           sum[h] += s[i];
@@ -308,28 +343,42 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
         softmax[0].sum += sum[0], softmax[1].sum += sum[1];
       };
 
-      mbarrier_wait(shared + Shared::kQFull, q_parity);
-      q_parity ^= 1;
-      wait_k();
-      issue_s();
-      wgmma_wait<0>();
-      pin_registers(s);
-      release_k();
-      softmax_step(tile.begin);
-      pack_operand<T>(probabilities, s);
-#pragma unroll 1
-      for (int n = tile.begin + 1; n < tile.end; ++n) {
+      const auto pass_turn = [&] {
+        named_sync(kTurnBarrier + warpgroup, 2 * kWarpgroup);
+        named_arrive(next_turn, 2 * kWarpgroup);
+      };
+      // Block n, of which this warpgroup's rows see nothing.
+      const auto skip = [&](int n) {
+        if (n > field(offsetof(Tile, begin))) pass_turn();
+        wait_k();
+        release_k();
+        zero_loose_end(n);
+        wait_v();
+        release_v();
+      };
+      // S and P of the first block.
+      const auto start = [&](auto count, int from) {
+        wait_k();
+        issue_s(count, from);
+        wgmma_wait<0>();
+        pin_registers(columns<count()>(s));
+        release_k();
+        softmax_step(count, visit.begin, from);
+        pack_operand<T>(columns<count()>(probabilities), columns<count()>(s));
+      };
+      // S and P of block n, O of block n - 1.
+      const auto step = [&](auto s_count, auto o_count, int n) {
         zero_loose_end(n - 1);
         wait_k();
         named_sync(kTurnBarrier + warpgroup, 2 * kWarpgroup);
-        issue_s();
+        issue_s(s_count, 0);
         wait_v();
-        issue_o();
+        issue_o(o_count, kKeys - o_count());
         named_arrive(next_turn, 2 * kWarpgroup);
         wgmma_wait<1>();
-        pin_registers(s);
+        pin_registers(columns<s_count()>(s));
         release_k();
-        softmax_step(n);
+        softmax_step(s_count, n, 0);
         wgmma_wait<0>();
         pin_registers(o);
         release_v();
@@ -337,20 +386,68 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
 #pragma unroll
           for (int i = 0; i < kO; ++i) o[i] *= factor[i / 2 % 2];
         }
-        pack_operand<T>(probabilities, s);
+        pack_operand<T>(columns<s_count()>(probabilities), columns<s_count()>(s));
+      };
+      // O of the last block.
+      const auto finish = [&](auto count, int from) {
+        zero_loose_end(visit.end - 1);
+        wait_v();
+        issue_o(count, from);
+        wgmma_wait<0>();
+        pin_registers(o);
+        release_v();
+      };
+
+      // Every block but the first takes a turn, visited or not, so that all warpgroups count the same ones. Only the
+      // blocks at the ends are multiplied in part, each case in code of its own: with a branch inside one loop the
+      // compiler would serialise all products.
+      mbarrier_wait(shared + Shared::kQFull, q_parity);
+      q_parity ^= 1;
+#pragma unroll 1
+      for (int n = field(offsetof(Tile, begin)); n < visit.begin; ++n) skip(n);
+      if (visit.begin < visit.end) {
+        const bool first_whole = kPart == kKeys || visit.first_part == Visit::kWhole;
+        const bool last_whole = kPart == kKeys || visit.last_part == Visit::kWhole;
+        const int whole_end = last_whole ? visit.end : visit.end - 1;
+        if (first_whole) {
+          start(whole, 0);
+        } else {
+          start(part, visit.first_part);
+        }
+        if (visit.begin > field(offsetof(Tile, begin))) pass_turn();
+        int n = visit.begin + 1;
+        if (!first_whole && n < visit.end) {
+          if (n < whole_end) {
+            step(whole, part, n);
+          } else {
+            step(part, part, n);
+          }
+          ++n;
+        }
+        at_k.slot = uniform(at_k.slot), at_k.parity = uniform(at_k.parity);
+        at_v.slot = uniform(at_v.slot), at_v.parity = uniform(at_v.parity);
+#pragma unroll 1
+        for (; n < whole_end; ++n) step(whole, whole, n);
+        if (!last_whole && n < visit.end) step(part, whole, n);
+        if (lane == 0) mbarrier_arrive(shared + Shared::kQEmpty);
+        if (last_whole) {
+          finish(whole, 0);
+        } else {
+          finish(part, visit.last_part);
+        }
+      } else if (lane == 0) {
+        mbarrier_arrive(shared + Shared::kQEmpty);
       }
-      if (lane == 0) mbarrier_arrive(shared + Shared::kQEmpty);
-      zero_loose_end(tile.end - 1);
-      wait_v();
-      issue_o();
-      wgmma_wait<0>();
-      pin_registers(o);
-      release_v();
+      const int tile_end = field(offsetof(Tile, end));
+#pragma unroll 1
+      for (int n = visit.end; n < tile_end; ++n) skip(n);
     }
 
     // ---- epilogue
     const RowMap map = row_map();
-    const int first_row = tile.first_row, rows = tile.rows, split = tile.index % plan.splits;
+    const int first_row = field(offsetof(Tile, first_row));
+    const int rows = field(offsetof(Tile, rows));
+    const int split = field(offsetof(Tile, index)) % plan.splits;
     float not_finite[2];  // NaN if a product put an infinity or NaN into a row whose own scores had none
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

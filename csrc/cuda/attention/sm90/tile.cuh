@@ -41,19 +41,26 @@ YOCO_DEVICE void put_tile(uint32_t shared, const Tile& tile) {
 }
 // The same value in all lanes, and the compiler knows: it may live in a uniform register.
 YOCO_DEVICE int uniform(int x) { return __reduce_max_sync(0xffffffffu, x); }
+YOCO_DEVICE int4 get_uniform(uint32_t shared) {
+  int4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared)
+               : "memory");
+  return make_int4(uniform(v.x), uniform(v.y), uniform(v.z), uniform(v.w));
+}
 YOCO_DEVICE Tile get_tile(uint32_t shared) {
   Tile tile;
   int4* words = reinterpret_cast<int4*>(&tile);
 #pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    int4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(shared + 16 * i)
-                 : "memory");
-    words[i] = make_int4(uniform(v.x), uniform(v.y), uniform(v.z), uniform(v.w));
-  }
+  for (int i = 0; i < 3; ++i) words[i] = get_uniform(shared + 16 * i);
   return tile;
+}
+// One of its fields once more, by address: cheaper than to keep it in a register while accumulators fill the others.
+YOCO_DEVICE int get_field(uint32_t shared) {
+  int x;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(x) : "r"(shared) : "memory");
+  return uniform(x);
 }
 
 // Bounds of rows [first, first + count), by a whole warp, every lane gets them.
@@ -74,15 +81,15 @@ YOCO_DEVICE TileBounds warp_bounds(const AttentionParams& p, const RowMap& m, in
   return b;
 }
 
-// The blocks that rows [first_row, first_row + rows) see, split `split` of `splits`; by a whole warp.
+// The blocks that rows [first_row, first_row + rows) see, split `split` of `splits`; by a whole warp. seen: what they
+// see of the main segment.
 template <int kKeys>
-YOCO_DEVICE Tile make_tile(const AttentionParams& p, const RowMap& m, int index, int first_row, int rows, int split,
-                           int splits) {
+YOCO_DEVICE Tile make_tile(const AttentionParams& p, const RowMap& m, const TileBounds& seen, int index, int first_row,
+                           int rows, int split, int splits) {
   Tile t;
   t.index = index;
   t.first_row = first_row;
   t.rows = rows;
-  const TileBounds seen = warp_bounds(p, m, first_row, rows, false);
   t.main_first = seen.begin < seen.end ? seen.begin / kKeys : 0;
   t.num_main = seen.begin < seen.end ? (seen.end + kKeys - 1) / kKeys - t.main_first : 0;
   t.full_begin = seen.full_begin;
@@ -104,6 +111,12 @@ YOCO_DEVICE Tile make_tile(const AttentionParams& p, const RowMap& m, int index,
   t.begin = splits == 1 ? 0 : int(int64_t(blocks) * split / splits);
   t.end = splits == 1 ? blocks : int(int64_t(blocks) * (split + 1) / splits);
   return t;
+}
+
+template <int kKeys>
+YOCO_DEVICE Tile make_tile(const AttentionParams& p, const RowMap& m, int index, int first_row, int rows, int split,
+                           int splits) {
+  return make_tile<kKeys>(p, m, warp_bounds(p, m, first_row, rows, false), index, first_row, rows, split, splits);
 }
 
 // Rows [from, kRows) of a tile become zero; kThreads threads take part. Then fence_async_proxy and a barrier.
