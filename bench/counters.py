@@ -123,6 +123,12 @@ def step(tokens: int) -> Iterator[Counted]:
         least,
         lambda: ops.gated_retention_step(q, k, v, g, state),
     )
+    yield Counted(
+        f"retention step, {tokens} tokens, 8 heads of 128, output gate",
+        0,
+        least + size(v),
+        lambda: ops.gated_retention_step(q, k, v, g, state, output_gate=v),
+    )
 
 
 def decode(dim: int, stored: torch.dtype, tokens: int, heads: tuple[int, int], time: int) -> Iterator[Counted]:

@@ -252,3 +252,21 @@ def test_segments_with_norm_and_gate(backend: Any) -> None:
     lengths = [5, 2050, 0, 70]
     tensors = make_gated(1, sum(lengths) + 3, 1, 16, 16, torch.bfloat16, sequences=4, **options)
     check_gated(backend, tensors, length=2050, cu_seqlens=lengths_to_cu_seqlens(lengths, backend.device))
+
+
+@pytest.mark.backends("emulated")
+@pytest.mark.parametrize("dim_v", [24, 128, 200])
+def test_a_gated_step_is_one_launch(backend: Any, dim_v: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper: the blocks of a head, one, four and seven here, add up their squares. Before it: two kernels, and the
+    same numbers but for one rounding."""
+    tensors = make_gated(2, 3, 2, 40, dim_v, torch.bfloat16)
+    start = tensors.pop("initial_state")
+    monkeypatch.setenv("PTXSIM_STATS", str(tmp_path / "launches"))
+    state = start.clone()
+    y = backend.ops.gated_retention_step(**tensors, state=state)
+    launches = len((tmp_path / "launches").read_text().splitlines())
+    assert launches == (1 if os.environ.get("PTXSIM_CC", "90") == "90" else 2)
+    gate, other = tensors.pop("output_gate"), start.clone()
+    o = backend.ops.gated_retention_step(**tensors, state=other)
+    assert bitwise_equal(state, other)
+    assert rms(y.double() - backend.ops.retention_output(o, gate).double()) <= 2**-8 * rms(y)

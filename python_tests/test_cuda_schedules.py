@@ -243,12 +243,14 @@ def _(backend: Any) -> Case:
     return with_gradients(lambda *x: backend.ops.gated_retention(*x, **options), q, k, v, -torch.rand(1, 140, 1))
 
 
-def add_step(name: str, dtype: torch.dtype, dim: int, rotary: bool) -> None:
-    @case(f"retention step {name} {dim}{' rotary' if rotary else ''}")
+def add_step(name: str, dtype: torch.dtype, dim: int, rotary: bool, gated: bool) -> None:
+    @case(f"retention step {name} {dim}{' rotary' * rotary}{' output gate' * gated}")
     def make(backend: Any) -> Case:
         q, k, v = (randn(dtype, 2, 5, 2, dim) for _ in range(3))
         g, state = -torch.rand(2, 5, 2), torch.randn(2, 2, dim, dim)
         options = rotation(dim, dtype) if rotary else {}
+        if gated:  # on Hopper the blocks of a head are a cluster
+            options["output_gate"] = randn(dtype, 2, 5, 2, dim)
 
         def run() -> list[Tensor]:
             now = state.clone()
@@ -260,7 +262,8 @@ def add_step(name: str, dtype: torch.dtype, dim: int, rotary: bool) -> None:
 for name, dtype in DTYPES.items():
     for dim in (64, 256):
         for rotary in (False, True):
-            add_step(name, dtype, dim, rotary)
+            for gated in (False, True):
+                add_step(name, dtype, dim, rotary, gated)
 
 
 # ---- decode: 8, 16 and 64 packed rows, every kind of cache, several splits; without tensor cores -------------------
