@@ -246,17 +246,19 @@ YOCO_DEVICE void consume(const AttentionBackwardParams& p, const BackwardPlan& p
       for (int k = 0; k < kRows / 16; ++k) {
         wgmma<T, Major::MN>(dv, probabilities[k], do_columns + descriptor_step(k * 2048), true);
       }
+      // dS to shared memory before dK has its registers: nobody may touch those until it is done.
+      if constexpr (Config::kDQ) {
+        late.wait_empty();
+        late.put(ds);
+        wgmma_fence();
+      }
 #pragma unroll
       for (int k = 0; k < kRows / 16; ++k) {
         wgmma<T, Major::MN>(dk, ds[k], q_columns + descriptor_step(k * 2048), true);
       }
       wgmma_commit();
 
-      // ---- dS to shared memory, dQ of the tile before
-      if constexpr (Config::kDQ) {
-        late.wait_empty();
-        late.put(ds);
-      }
+      // ---- dQ of the tile before
       if constexpr (kDQBefore) issue_dq();
       wgmma_wait<kDQBefore ? 1 : 0>();
       pin_registers(dv);

@@ -101,6 +101,14 @@ YOCO_DEVICE void consume_wide(const AttentionBackwardParams& p, const BackwardPl
         if (!full) mask_scores<Config>(s, shared, slots.slot, first + own_key);
         pack_operand<T>(operand, s);
       }
+      if constexpr (!kValues) {
+        __syncwarp();  // every lane has read its P
+        if constexpr (Config::kDQ) {
+          late.put(operand);  // before the product has its registers: nobody may touch those until it is done
+        } else if (lane == 0) {
+          mbarrier_arrive(shared + Shared::kDSEmpty + 8 * late.at.slot);
+        }
+      }
       pin_registers(gradient);
       wgmma_fence();
       const uint64_t columns = descriptor_mn(kValues ? slots.do_tile() : slots.q_tile(), kRows * 128);
@@ -109,14 +117,6 @@ YOCO_DEVICE void consume_wide(const AttentionBackwardParams& p, const BackwardPl
         wgmma<T, Major::MN>(gradient, operand[k], columns + descriptor_step(k * 2048), true);
       }
       wgmma_commit();
-      if constexpr (!kValues) {
-        __syncwarp();  // every lane has read its P
-        if constexpr (Config::kDQ) {
-          late.put(operand);
-        } else if (lane == 0) {
-          mbarrier_arrive(shared + Shared::kDSEmpty + 8 * late.at.slot);
-        }
-      }
       if constexpr (kDQBefore) issue_dq();
       wgmma_wait<kDQBefore ? 1 : 0>();
       pin_registers(gradient);
