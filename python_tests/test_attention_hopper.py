@@ -90,15 +90,19 @@ def test_warpgroups_that_see_different_blocks(backend, dtype, dim, latents, pref
 @dtypes
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("window", [(0, 0), (50, 0), (63, 0), (64, 0), (127, 0), (200, 10)], ids=str)
-def test_where_a_row_lies_changes_no_bit(backend, dtype, dim, window):
+@pytest.mark.parametrize("scores", ["plain", "softcap", "alibi"])
+def test_where_a_row_lies_changes_no_bit(backend, dtype, dim, window, scores):
     """Which ends of its key blocks a row's warpgroup multiplies depends on its neighbours; the products left out are
     zeros."""
     inputs = tensors(backend, dtype, (260, 300), batch=1, heads=(1, 1), dims=(dim, dim))
-    out, lse = attend(backend.ops)(**inputs, causal=False, window=window)
+    options: dict[str, Any] = {"causal": False, "window": window}
+    if scores == "softcap":
+        options["softcap"] = 2.0
+    elif scores == "alibi":
+        options["alibi_slopes"] = torch.tensor([0.3], device=backend.device)
+    out, lse = attend(backend.ops)(**inputs, **options)
     for first in (1, 37, 64, 100, 197, 255):
-        rows, rows_lse = attend(backend.ops)(
-            inputs["q"][:, first:], inputs["k"], inputs["v"], causal=False, window=window
-        )
+        rows, rows_lse = attend(backend.ops)(inputs["q"][:, first:], inputs["k"], inputs["v"], **options)
         assert bitwise_equal(rows, out[:, first:]) and bitwise_equal(rows_lse, lse[..., first:]), first
 
 

@@ -40,7 +40,7 @@ struct ForwardConfig {
   static constexpr int kKeys = ForwardTiles<D>::kKeys;
   static constexpr int kThreads = kWarpgroup * (1 + kWarpgroups);
   // Keys of a block that are multiplied where a warpgroup sees only one end of it.
-  static constexpr int kPart = Transform ? kKeys : D == 256 ? 48 : 64;
+  static constexpr int kPart = D == 256 ? 48 : 64;
   static constexpr int kStages = D == 64 ? 3 : 2;
   static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 240;
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
@@ -298,11 +298,21 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
         if constexpr (Config::kTransform) {
           const bool main = in_main();
           const int first = first_key(main);
+          const auto transform = [&](const ScoreParams& score) {
 #pragma unroll
-          for (int i = 0; i < kCount; ++i) {
-            const int h = i / 2 % 2;
-            s[i] =
-                transform_score(plan.score, s[i], main ? bias[h] : 0.f, diagonal[h] - float(first + i / 4 * 8 + i % 2));
+            for (int i = 0; i < kCount; ++i) {
+              const int h = i / 2 % 2;
+              const float distance = diagonal[h] - float(first + i / 4 * 8 + i % 2);
+              s[i] = transform_score(score, s[i], main ? bias[h] : 0.f, distance);
+            }
+          };
+          // Whether there is a softcap is asked once, not for every score.
+          ScoreParams score = plan.score;
+          if (score.cap_out > 0.f) {
+            transform(score);
+          } else {
+            score.cap_out = 0.f;
+            transform(score);
           }
         }
         const bool full = count() == kKeys && n >= visit.full_begin && n < visit.full_end;
@@ -406,8 +416,8 @@ YOCO_DEVICE void consume(const AttentionParams& p, const ForwardPlan& plan, uint
 #pragma unroll 1
       for (int n = field(offsetof(Tile, begin)); n < visit.begin; ++n) skip(n);
       if (visit.begin < visit.end) {
-        const bool first_whole = kPart == kKeys || visit.first_part == Visit::kWhole;
-        const bool last_whole = kPart == kKeys || visit.last_part == Visit::kWhole;
+        const bool first_whole = visit.first_part == Visit::kWhole;
+        const bool last_whole = visit.last_part == Visit::kWhole;
         const int whole_end = last_whole ? visit.end : visit.end - 1;
         if (first_whole) {
           start(whole, 0);

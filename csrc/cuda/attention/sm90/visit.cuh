@@ -34,7 +34,7 @@ YOCO_DEVICE Visit get_visit(uint32_t shared) {
 // Of a block's keys [0, kKeys) only [low, high) are seen: the part that holds them, if one end of kPart keys does.
 template <int kKeys, int kPart>
 YOCO_DEVICE int part_of_block(int low, int high) {
-  if (kPart == kKeys) return Visit::kWhole;
+  static_assert(kPart < kKeys);
   return high <= kPart ? 0 : low >= kKeys - kPart ? kKeys - kPart : Visit::kWhole;
 }
 
