@@ -97,7 +97,7 @@ sanitize: $(VENV)/.installed
 	  python_tests/test_gated_retention.py python_tests/test_gated_retention_step.py python_tests/test_rms_norm.py \
 	  python_tests/test_rotary.py python_tests/test_swiglu.py python_tests/test_retention_output.py \
 	  python_tests/test_differential.py python_tests/test_gated_memory.py python_tests/test_threads.py \
-	  python_tests/test_retention_rotary.py
+	  python_tests/test_retention_rotary.py python_tests/test_retention_output_fused.py
 
 bench: $(VENV)/.built
 	$(VENV)/bin/yoco-ext bench
