@@ -125,3 +125,75 @@ def test_the_table_of_instances_is_complete() -> None:
     folder = ROOT / "csrc/cuda"
     there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.cu"))
     assert sorted(listed) == there, "docs/cuda_build.md lists every .cu file once and says why it exists"
+
+
+# ---- no spills in the forward up to head dim 128
+
+# Kernels whose first integer template argument is the head dimension they are made for; the others serve all.
+PER_HEAD_DIM = ("attention_forward_kernel", "decode_kernel", "hopper_decode_kernel", "retention_run_kernel")
+BACKWARD = ("backward", "gradient", "finish_dq", "reduce_latents", "row_statistics")
+# Pattern, bytes that may be spilled per thread, reason.
+EXCEPTIONS = [
+    (
+        r"sm90::attention_forward_kernel<sm90::ForwardConfig<\w+, 64, \w+> ?>",
+        188,
+        "three warpgroups share the registers; plain 32 bytes outside the loop, 188 with softcap or alibi",
+    ),
+    (
+        r"sm90::attention_forward_kernel<sm90::ForwardConfig<\w+, 128, \w+> ?>",
+        8,
+        "in the producer, which keeps 24 registers: one reload per tile of rows",
+    ),
+    (
+        r"sm90::retention_run_kernel<\w+, 64, \d+, false, true(, \w+)?>",
+        4,
+        "one register too many with rotary on load",
+    ),
+]
+
+
+def _is_forward_up_to_128(name: str) -> bool:
+    """Whether a kernel runs in a forward pass at head dims up to 128. `name` as the report has it, with its template
+    arguments: retention_run_kernel<dtype, head dim, columns of v, backward, ...>."""
+    kernel, _, arguments = re.sub(r"\bsm90::|\bstep::|^\w+::", "", name).partition("<")
+    if any(word in kernel for word in BACKWARD):
+        return False
+    values = [value.strip(" >") for value in arguments.split(",")]
+    if kernel == "retention_run_kernel" and values[3] == "true":
+        return False
+    return kernel not in PER_HEAD_DIM or int(next(value for value in values if value.isdigit())) <= 128
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("rms_norm::forward_kernel<__half, 8, 256>", True),  # 256 lanes
+        ("rms_norm::backward_kernel<float, 4, 32>", False),
+        ("weight_gradient_kernel", False),
+        ("combine_kernel<__half>", True),
+        ("attention_forward_kernel<ForwardConfig<__half, 128, true> >", True),
+        ("sm90::attention_forward_kernel<sm90::ForwardConfig<__half, 256, true> >", False),
+        ("sm90::attention_backward_q_kernel<sm90::BackwardQConfig<__half, 64> >", False),
+        ("decode_kernel<DecodeConfig<__nv_bfloat16, signed char, 128, 4> >", True),
+        ("sm90::hopper_decode_kernel<sm90::HopperDecodeConfig<__nv_bfloat16, __nv_fp8_e4m3, 256, 64> >", False),
+        ("sm90::retention_run_kernel<__half, 128, 64, false, true, false>", True),
+        ("sm90::retention_run_kernel<__half, 128, 64, true, false, false>", False),
+        ("step::retention_step_kernel<float, 16, true, false>", True),
+    ],
+)
+def test_which_kernels_are_forward(name: str, expected: bool) -> None:
+    assert _is_forward_up_to_128(name) == expected
+
+
+def test_forward_kernels_up_to_128_do_not_spill() -> None:
+    kernels = _library.kernel_report()
+    if kernels is None:
+        pytest.skip(f"no machine code in this build: no {_library.KERNEL_REPORT} beside the op library")
+    forward = [kernel for kernel in kernels if _is_forward_up_to_128(kernel["name"])]
+    assert len(forward) > len(kernels) // 4, "the rule finds the forward kernels"
+    spilled = []
+    for kernel in forward:
+        allowed = max((size for pattern, size, _ in EXCEPTIONS if re.fullmatch(pattern, kernel["name"])), default=0)
+        if kernel["spill_stores"] > allowed:
+            spilled.append(f"{kernel['arch']} {kernel['name']}: {kernel['spill_stores']} bytes, allowed {allowed}")
+    assert not spilled, "\n".join(spilled)

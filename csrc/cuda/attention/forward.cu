@@ -67,8 +67,10 @@ __global__ void __launch_bounds__(128)
   if (p.num_sequences == 0) return;
   const WorkTile work = plan.schedule.decode(blockIdx.x);
   const RowMap map = make_row_map(p, work.sequence, work.head);
+#pragma unroll 1  // a row is a call: copies of the loop only need registers
   for (int tile = work.tile; tile * rows_per_tile < map.rows; tile += plan.schedule.tiles) {
     const int end = min((tile + 1) * rows_per_tile, map.rows);
+#pragma unroll 1
     for (int row = tile * rows_per_tile + int(threadIdx.x) / 32; row < end; row += 4) {
       attend_row<T>(p, plan.score, work.sequence, work.head, row);
     }

@@ -21,6 +21,9 @@ constexpr int64_t kMaxRowParts = 528;  // a block may hold one row only: four pe
 // A row belongs to 32 lanes of a block of eight rows, or to a block of 64, 128 or 256.
 template <int kLanes>
 constexpr int kBlock = kLanes == 32 ? kThreads : kLanes;
+// Blocks per SM, said in the launch bounds: left to itself the compiler spills to fit one block more.
+template <int kLanes, int kThreadsPerSm>
+constexpr int kResident = kThreadsPerSm / kBlock<kLanes>;
 
 // Weight sums of a group of lanes in shared memory: element j of a lane's vector `item` at (item * N + j) * kSumStride
 // + lane. A warp's sums lie in different banks when a row is added (stride 1), and, through the padding, when they are
@@ -33,7 +36,7 @@ __host__ __device__ constexpr int64_t sum_floats(int64_t dim) {
 }
 
 template <typename T, int N, int kLanes>
-__global__ void __launch_bounds__(kBlock<kLanes>) forward_kernel(const RmsNormParams p) {
+__global__ void __launch_bounds__(kBlock<kLanes>, (kResident<kLanes, 1024>)) forward_kernel(const RmsNormParams p) {
   __shared__ float scratch[kThreads / 32];
   const int64_t row = int64_t(blockIdx.x) * (kBlock<kLanes> / kLanes) + threadIdx.x / kLanes;
   if (row >= p.rows) return;  // whole warps (or the whole block) leave together
@@ -44,64 +47,57 @@ __global__ void __launch_bounds__(kBlock<kLanes>) forward_kernel(const RmsNormPa
   T* y = static_cast<T*>(p.y) + row * p.dim;
   const bool float_weight = p.weight_dtype == DType::kFloat32;
   // The sum is rounded to T before it is normalised: the backward and every other reader see that value.
-  const auto add = [&](float(&v)[N], const Vec<T, N>& a, const Vec<T, N>& b) {
+  const auto add = [&](Vec<T, N>& a, const Vec<T, N>& b) {
+    if (residual == nullptr) return;
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      v[j] = to_float(a[j]);
-      if (residual != nullptr) v[j] = to_float(from_float<T>(v[j] + to_float(b[j])));
-    }
+    for (int j = 0; j < N; ++j) a[j] = from_float<T>(to_float(a[j]) + to_float(b[j]));
   };
-  const auto read = [&](float(&v)[N], int column) {
-    add(v, load_const<N>(x + column), residual != nullptr ? load_const<N>(residual + column) : Vec<T, N>{});
+  const auto read = [&](int column) {
+    Vec<T, N> v = load_const<N>(x + column);
+    add(v, residual != nullptr ? load_const<N>(residual + column) : Vec<T, N>{});
+    return v;
   };
   // All loads before the first use.
-  Vec<T, N> kept_x[kItems], kept_residual[kItems];
+  Vec<T, N> kept[kItems], kept_residual[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int column = (i * kLanes + lane) * N;
-    kept_x[i] = column < dim ? load_const<N>(x + column) : Vec<T, N>{};
+    kept[i] = column < dim ? load_const<N>(x + column) : Vec<T, N>{};
     kept_residual[i] = residual != nullptr && column < dim ? load_const<N>(residual + column) : Vec<T, N>{};
   }
-  float kept[kItems][N];
   float sum = 0.f;
+  const auto add_squares = [&](const Vec<T, N>& v) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum += to_float(v[j]) * to_float(v[j]);
+  };
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    add(kept[i], kept_x[i], kept_residual[i]);
-#pragma unroll
-    for (int j = 0; j < N; ++j) sum += kept[i][j] * kept[i][j];
+    add(kept[i], kept_residual[i]);
+    add_squares(kept[i]);
   }
-  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
-    float v[N];
-    read(v, column);
-#pragma unroll
-    for (int j = 0; j < N; ++j) sum += v[j] * v[j];
-  }
+  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) add_squares(read(column));
   const float rstd = rsqrtf(row_sum<kLanes>(sum, scratch) / dim + static_cast<float>(p.eps));
-  const auto finish = [&](const float(&v)[N], int column) {
+  const auto finish = [&](const Vec<T, N>& v, int column) {
     float w[N], out[N];
     load_weight<T>(w, p.weight, float_weight, column);
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = v[j] * rstd * w[j];
+    for (int j = 0; j < N; ++j) out[j] = to_float(v[j]) * rstd * w[j];
     store_float(y + column, out);
-    if (residual_out != nullptr) store_float(residual_out + column, v);
+    if (residual_out != nullptr) store<N>(residual_out + column, v);
   };
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int column = (i * kLanes + lane) * N;
     if (column < dim) finish(kept[i], column);
   }
-  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) {
-    float v[N];
-    read(v, column);
-    finish(v, column);
-  }
+  for (int column = (kItems * kLanes + lane) * N; column < dim; column += kLanes * N) finish(read(column), column);
   if (lane == 0) static_cast<float*>(p.rstd)[row] = rstd;
 }
 
 // With n = x * rstd:  dx = rstd * (w dy - n * mean(w dy n)) + d_residual_out,  d_weight = sum over rows of dy * n.
 // Block b takes the rows b * rows_per_part ...; partial[b][dim] = its sum for d_weight (null: not wanted).
 template <typename T, int N, int kLanes>
-__global__ void __launch_bounds__(kBlock<kLanes>)
+__global__ void __launch_bounds__(kBlock<kLanes>, (kResident<kLanes, 512>))
     backward_kernel(const RmsNormBackwardParams p, int64_t rows_per_part, float* partial) {
   constexpr int kGroups = kBlock<kLanes> / kLanes;
   constexpr int kStride = kSumStride<N, kLanes>;

@@ -39,7 +39,8 @@ YOCO_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.ali
 // kOutputGate: o becomes o / sqrt(mean(o^2) + norm_eps) * silu(output_gate). The blocks of a head are a cluster then
 // (compute capability 9.0) and read each other's sums of squares.
 template <typename T, int kRows, bool kRotary, bool kOutputGate>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads,
+                                  kRows == 8 ? 7 : 4)  // else the compiler spills to fit one block more per SM
     retention_step_kernel(const __grid_constant__ RetentionStepParams p, bool vectors, GateFormat gate_format) {
   const int dim_k = static_cast<int>(p.dim_k), dim_v = static_cast<int>(p.dim_v), time = static_cast<int>(p.time);
   const int blocks_v = (dim_v + kColumns - 1) / kColumns;

@@ -249,16 +249,18 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
     }
     tables->out[r] = reinterpret_cast<float*>(out);
   }
+  if (threadIdx.x == 0) {
+    tables->any_low = static_cast<int>(keys.first - keys.begin);
+    tables->all_low = static_cast<int>(clamp_index(keys.row_range(p.time_q - 1).begin - keys.begin, 0, count));
+    tables->all_high = static_cast<int>(clamp_index(keys.row_range(0).end - keys.begin, 0, count));
+    tables->count = count;
+  }
   fence_async_proxy();
   named_sync(kConsumers, C::kThreads);
   const float k_scale = p.k_scale != nullptr && !keys.latent ? p.k_scale[kv_head] : 1.f;
   const float v_scale = p.v_scale != nullptr && !keys.latent ? p.v_scale[kv_head] : 1.f;
   // With a softcap the logarithm's base changes behind it.
   const float scale = static_cast<float>(p.scale) * k_scale * (p.softcap > 0. ? 1.f : DecodeLogits::kLog2e);
-  // Tiles inside [all_low, all_high) are seen by every row: no mask.
-  const int all_low = static_cast<int>(clamp_index(keys.row_range(p.time_q - 1).begin - keys.begin, 0, count));
-  const int all_high = static_cast<int>(clamp_index(keys.row_range(0).end - keys.begin, 0, count));
-  const int any_low = static_cast<int>(keys.first - keys.begin);
   const DecodeLogits logits = make_decode_logits(p);
 
   // Element 4 i + 2 h + c of s: key 16 warp + g + 8 h, row 8 i + 2 t + c; of o[m]: column C::column(m, warp, lane, h)
@@ -273,12 +275,22 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
   // 2^kSlack: the result is the same, and most tiles need no reduction over their keys. At first it is below everything
   // but finite, so that hidden keys (-inf) have weight 0 without a test.
   constexpr float kSlack = 8.f, kNothing = -1e30f;
-  float reference[C::kLaneRows], sum[C::kLaneRows];
+  float2 lane_reference[C::kSharedReference ? 1 : C::kLaneRows / 2];
+  // Of rows 8 i + 2 t and the next. In shared memory only lanes 0 to 3 of each warp write it.
+  const auto reference = [&](int i) -> float2& {
+    if constexpr (C::kSharedReference) {
+      return tables->reference[warp][i * 4 + lane % 4];
+    } else {
+      return lane_reference[i];
+    }
+  };
+  float sum[C::kLaneRows];
 #pragma unroll
   for (int i = 0; i < C::kLaneRows; ++i) {
-    reference[i] = kNothing;
+    if (i % 2 == 0 && (!C::kSharedReference || lane < 4)) reference(i / 2) = make_float2(kNothing, kNothing);
     sum[i] = 0.f;
   }
+  if (C::kSharedReference) __syncwarp();
   const uint32_t p_address = shared_address(weights);
   // This lane's row address for stmatrix: row lane % 8 of n-tile pair member lane / 16, keys 8 (lane / 8 % 2) onwards.
   const uint32_t p_lane =
@@ -300,7 +312,7 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
     wgmma_wait<0>();
     pin_registers(s);
 
-    const bool edge = begin < all_low || begin + C::kKeys > all_high;
+    const bool edge = begin < tables->all_low || begin + C::kKeys > tables->all_high;
 #pragma unroll
     for (int i = 0; i < C::kRows / 2; ++i) {
       s[i] *= C::kNarrow ? scale * tables->q_scale[i / 4 * 8 + lane % 4 * 2 + i % 2] : scale;
@@ -335,7 +347,8 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
 #pragma unroll
         for (int j = 0; j < (kWide ? 4 : 2); ++j) {  // n-tile n + j / 2, keys h = j % 2
           const int at = (n + j / 2) * 4 + j % 2 * 2, row = (n + j / 2) * 2;
-          const float x = s[at] - reference[row], y = s[at + 1] - reference[row + 1];
+          const float2 from = reference(n + j / 2);
+          const float x = s[at] - from.x, y = s[at + 1] - from.y;
           exceeds |= x > kSlack || y > kSlack;
           const float a = exp2_approx(x), c = exp2_approx(y);
           tile_sum[row] += a;
@@ -364,9 +377,12 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
         float top = tables->warp_value[0][row];
 #pragma unroll
         for (int w = 1; w < C::kWarps; ++w) top = fmaxf(top, tables->warp_value[w][row]);
-        if (top - reference[i] > kSlack) {
-          const float factor = exp2_approx(reference[i] - top);
-          reference[i] = top;
+        float& own = i % 2 == 0 ? reference(i / 2).x : reference(i / 2).y;
+        const float before = own;
+        if (C::kSharedReference) __syncwarp();  // all lanes have read it
+        if (top - before > kSlack) {
+          const float factor = exp2_approx(before - top);
+          if (!C::kSharedReference || lane < 4) own = top;
           sum[i] *= factor;
 #pragma unroll
           for (int m = 0; m < C::kMTiles; ++m) {
@@ -375,13 +391,16 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
           }
         }
       }
+      if (C::kSharedReference) __syncwarp();
       store_weights();
       named_sync(kConsumers, C::kThreads);
     }
 #pragma unroll
     for (int i = 0; i < C::kLaneRows; ++i) sum[i] += tile_sum[i];
 
-    const bool ragged = (any_low < all_low && begin < all_low) || (all_high < count && begin + C::kKeys > all_high);
+    const int all_low = tables->all_low, all_high = tables->all_high;
+    const bool ragged =
+        (tables->any_low < all_low && begin < all_low) || (all_high < tables->count && begin + C::kKeys > all_high);
     if (ragged && named_sync_or(kConsumers, C::kThreads, any_not_finite<C>(v_tile))) {
       take_out_not_finite<C>(o, v_tile, weights + tile % 2 * C::kPBytes, tables, begin, warp, lane, kConsumers);
     }
@@ -406,7 +425,7 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
     const int row = i / 2 * 8 + lane % 4 * 2 + i % 2;
     if (lane < 4) {
       tables->warp_value[warp][row] = sum[i];
-      if (warp == 0) tables->factor[row] = reference[i];
+      if (warp == 0) tables->factor[row] = i % 2 == 0 ? reference(i / 2).x : reference(i / 2).y;
     }
   }
   named_sync(kConsumers, C::kThreads);
