@@ -249,12 +249,12 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
     }
     tables->out[r] = reinterpret_cast<float*>(out);
   }
-  if (threadIdx.x == 0) {
-    tables->any_low = static_cast<int>(keys.first - keys.begin);
-    tables->all_low = static_cast<int>(clamp_index(keys.row_range(p.time_q - 1).begin - keys.begin, 0, count));
-    tables->all_high = static_cast<int>(clamp_index(keys.row_range(0).end - keys.begin, 0, count));
-    tables->count = count;
-  }
+  const typename C::Bounds lane_bounds{
+      static_cast<int>(keys.first - keys.begin),
+      static_cast<int>(clamp_index(keys.row_range(p.time_q - 1).begin - keys.begin, 0, count)),
+      static_cast<int>(clamp_index(keys.row_range(0).end - keys.begin, 0, count)), count};
+  if (C::kSharedReference && threadIdx.x == 0) tables->bounds = lane_bounds;
+  const auto& bounds = C::kSharedReference ? tables->bounds : lane_bounds;
   fence_async_proxy();
   named_sync(kConsumers, C::kThreads);
   const float k_scale = p.k_scale != nullptr && !keys.latent ? p.k_scale[kv_head] : 1.f;
@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
     wgmma_wait<0>();
     pin_registers(s);
 
-    const bool edge = begin < tables->all_low || begin + C::kKeys > tables->all_high;
+    const bool edge = begin < bounds.all_low || begin + C::kKeys > bounds.all_high;
 #pragma unroll
     for (int i = 0; i < C::kRows / 2; ++i) {
       s[i] *= C::kNarrow ? scale * tables->q_scale[i / 4 * 8 + lane % 4 * 2 + i % 2] : scale;
@@ -398,9 +398,8 @@ __global__ void __launch_bounds__(C::kBlockThreads, C::kResident)
 #pragma unroll
     for (int i = 0; i < C::kLaneRows; ++i) sum[i] += tile_sum[i];
 
-    const int all_low = tables->all_low, all_high = tables->all_high;
-    const bool ragged =
-        (tables->any_low < all_low && begin < all_low) || (all_high < tables->count && begin + C::kKeys > all_high);
+    const bool ragged = (bounds.any_low < bounds.all_low && begin < bounds.all_low) ||
+                        (bounds.all_high < bounds.count && begin + C::kKeys > bounds.all_high);
     if (ragged && named_sync_or(kConsumers, C::kThreads, any_not_finite<C>(v_tile))) {
       take_out_not_finite<C>(o, v_tile, weights + tile % 2 * C::kPBytes, tables, begin, warp, lane, kConsumers);
     }

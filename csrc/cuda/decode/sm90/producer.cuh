@@ -29,8 +29,13 @@ struct HopperDecodeConfig {
   static constexpr int kStageBytes = 2 * kTileBytes;
   static constexpr int kMTiles = kD / 64;      // of O^T
   static constexpr int kLaneRows = kRows / 4;  // packed rows that a lane has elements of: 8 i + 2 t + c
-  // Where the references of the softmax are: with 64 rows the accumulators leave no registers for them.
+  // Where the references of the softmax and the bounds are: with 64 rows the accumulators leave no registers for them.
   static constexpr bool kSharedReference = kRows == 64 && kD > 64;
+  // Keys, counted from the piece's first: tiles inside [all_low, all_high) are seen by every row and need no mask,
+  // those in [any_low, count) by some row.
+  struct Bounds {
+    int any_low, all_low, all_high, count;
+  };
   // Shared memory: Q as panels [kRows][64] of M, two tiles of P [kRows][64 keys] of M, tables, barriers, the ring.
   static constexpr int kQBytes = kRows * kD * 2;
   static constexpr int kPBytes = kRows * kKeys * 2;
@@ -39,9 +44,7 @@ struct HopperDecodeConfig {
     float q_scale[kRows];
     float slope[kRows], diagonal[kRows];
     int2 seen[kRows];  // keys [x, y), counted from the piece's first
-    // Counted alike: tiles inside [all_low, all_high) are seen by every row and need no mask, those in [any_low, count)
-    // by some row.
-    int any_low, all_low, all_high, count;
+    Bounds bounds;
     float warp_value[kWarps][kRows];
     float2 reference[kWarps][kSharedReference ? kRows / 2 : 1];  // each warp's own copy
     float factor[kRows];
